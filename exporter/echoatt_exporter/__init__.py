@@ -1,1 +1,53 @@
-"""Exporter."""
+"""Build-time side of EchoAtt: share, export and verify models.
+
+Importing this package makes students known to transformers: ``AutoConfig`` and
+``AutoModelForCausalLM`` then load a student's directory.
+"""
+
+from importlib.metadata import version
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from echoatt_exporter.errors import (
+    CheckpointError,
+    ContractError,
+    ExportError,
+    OutputExistsError,
+    ParityError,
+    PlanError,
+    UnsupportedModelError,
+)
+from echoatt_exporter.export import ExportReport, export_bundle, rewrite_bundle
+from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.apply import share_attention
+from echoatt_exporter.share.checkpoint import load_student
+from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+
+__all__ = [
+    "CheckpointError",
+    "ContractError",
+    "EchoAttConfig",
+    "EchoAttForCausalLM",
+    "ExportError",
+    "ExportReport",
+    "OutputExistsError",
+    "ParityError",
+    "ParityReport",
+    "PlanError",
+    "SharingPlan",
+    "UnsupportedModelError",
+    "__version__",
+    "assert_parity",
+    "check_parity",
+    "export_bundle",
+    "load_student",
+    "rewrite_bundle",
+    "share_attention",
+]
+
+__version__ = version("echoatt")
+
+AutoConfig.register(EchoAttConfig.model_type, EchoAttConfig)
+AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM)

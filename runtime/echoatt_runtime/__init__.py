@@ -1,1 +1,59 @@
-"""Runtime."""
+"""Runs EchoAtt bundles: decoders whose layers share attention probabilities. No torch needed.
+
+    from echoatt_runtime import EchoModel, SamplingParams
+
+    model = EchoModel.load("out.onnx")
+    for piece in model.stream("Once upon a time", SamplingParams(max_new_tokens=100)):
+        print(piece.text, end="", flush=True)
+
+`echoatt_runtime.session` is the layer below, for logits and caches without text.
+"""
+
+from importlib.metadata import version
+
+from echoatt_runtime.errors import (
+    BundleError,
+    BundleNotFoundError,
+    ChatTemplateError,
+    ContextOverflowError,
+    DamagedBundleError,
+    DeviceError,
+    EchoAttError,
+    ForeignModelError,
+    MissingDependencyError,
+    NewerFormatError,
+    NumericalError,
+    OptionError,
+    PromptError,
+    SamplingError,
+)
+from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.model import EchoModel
+from echoatt_runtime.results import GenerationResult, TextPiece, Timings
+from echoatt_runtime.sampling import SamplingParams
+
+__version__ = version("echoatt")
+
+__all__ = [
+    "BundleError",
+    "BundleNotFoundError",
+    "ChatTemplateError",
+    "ContextOverflowError",
+    "DamagedBundleError",
+    "DeviceError",
+    "EchoAttError",
+    "EchoModel",
+    "ForeignModelError",
+    "GenerationResult",
+    "Manifest",
+    "MissingDependencyError",
+    "NewerFormatError",
+    "NumericalError",
+    "OptionError",
+    "PromptError",
+    "SamplingError",
+    "SamplingParams",
+    "TextPiece",
+    "Timings",
+    "__version__",
+]

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up themselves; PYTHON names the interpreter to use.
+#
+# On Linux, PyPI's torch is a CUDA build of several gigabytes. For the CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+CHECKPOINT := samples/tiny-books
+PLAN := samples/tiny-books.plan.json
+BUNDLE := demo/tiny-books.onnx
+
+.PHONY: venv demo test lint clean
+
+venv: $(STAMP)
+
+# PIP_CONSTRAINT reaches the build backend too in older pips, PIP_BUILD_CONSTRAINT in newer ones.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "EchoAtt needs Python 3.11 or newer and $(PYTHON) is older or missing: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing into .venv (a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/pip install -qq --disable-pip-version-check --progress-bar off -e '.[dev]'
+	@touch $@
+
+demo test: export HF_HUB_OFFLINE = 1
+
+demo: $(STAMP)
+	@mkdir -p $(dir $(BUNDLE))
+	$(BIN)/echoatt-export $(CHECKPOINT) $(BUNDLE) --plan $(PLAN) --force
+	$(BIN)/echoatt parity $(CHECKPOINT) $(BUNDLE) --plan $(PLAN)
+	$(BIN)/echoatt generate $(BUNDLE) "It was a cold morning of the early spring, and"
+
+test: lint
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy exporter runtime samples
+
+clean:
+	rm -rf demo dist build .mypy_cache .ruff_cache .pytest_cache
+	find exporter runtime tests samples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""The command line: ``echoatt`` and ``echoatt-export``, one file a subcommand.
+
+A package of its own, so that ``echoatt generate`` starts without importing torch: importing anything
+below ``echoatt_exporter`` registers the student with transformers, and that takes torch along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import ModuleType
+
+from echoatt_runtime import EchoAttError
+
+_COMMANDS = ("export", "rewrite", "parity", "generate")
+
+# What a shell gives for a process ended by ^C
+_INTERRUPTED = 130
+
+
+def _command(name: str) -> ModuleType:
+    """A subcommand's module: HELP, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+    return importlib.import_module(f"echoatt_cli.{name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="echoatt",
+        description="Export, verify and run language models whose layers share attention.",
+    )
+    parser.add_argument("--version", action="version", version=f"echoatt {version('echoatt')}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in _COMMANDS:
+        module = _command(name)
+        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``echoatt``.
+
+    Args:
+        arguments: the command line without the program's name; None reads ``sys.argv``.
+
+    Returns:
+        0 done; 1 compared and found different; 2 bad input or a step that could not be done.
+    """
+    parsed = _parser().parse_args(arguments)
+    return run_command(parsed.command, parsed)
+
+
+def run_command(name: str, arguments: argparse.Namespace) -> int:
+    """Run one subcommand and turn what EchoAtt raises into a line and an exit code.
+
+    Args:
+        name: the subcommand.
+        arguments: what its own ``add_arguments`` declared.
+
+    Returns:
+        As :func:`main`.
+    """
+    # Whatever a library would fetch is a mistake here: models are local directories
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return int(_command(name).run(arguments))
+    except EchoAttError as error:
+        print(f"echoatt: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"echoatt: {error.name} is not installed, which `echoatt {name}` needs;"
+            " pip install 'echoatt[export,cpu]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def export_main() -> int:
+    """Run ``echoatt-export``, the short form of ``echoatt export``."""
+    return main(["export", *sys.argv[1:]])

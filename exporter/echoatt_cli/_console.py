@@ -1,0 +1,99 @@
+"""What the build commands print: a progress bar on stderr, reports on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from echoatt_exporter import ExportReport
+from echoatt_exporter.parity.table import format_report
+
+console = Console()
+
+_STEPS = {
+    "load": "loading the checkpoint",
+    "reference": "running PyTorch for the comparison",
+    "trace": "tracing the graph",
+    "passes": "rewriting the graph",
+    "write": "writing the weights",
+    "verify": "comparing with PyTorch",
+}
+
+
+@contextlib.contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar over an export's steps; drawn only on a terminal."""
+    with Progress(
+        TextColumn("{task.description:<36}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]:>10}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=len(_STEPS), count="")
+        names = list(_STEPS)
+
+        def on_step(name: str, done: int, total: int) -> None:
+            fraction = done / total if total else 0.0
+            bar.update(
+                task,
+                description=_STEPS[name],
+                completed=names.index(name) + fraction,
+                count=f"{done}/{total}" if done else "",
+            )
+
+        yield on_step
+
+
+def show_export(report: ExportReport, *, as_json: bool) -> None:
+    """Print what an export or a rewrite did."""
+    if as_json:
+        print(report.to_json())
+        return
+    console.print(_plan_line(report))
+    console.print(_passes_table(report))
+    if report.parity is not None:
+        console.print(format_report(report.parity))
+    manifest = report.manifest
+    size = report.model.stat().st_size + manifest.weights_bytes
+    verified = "not verified" if manifest.verification is None else "verified"
+    console.print(
+        f"{report.model}: {manifest.dtype}, {report.parameters:,} parameters,"
+        f" {size / 1e6:,.1f} MB, {manifest.cache_bytes_per_token:,} cache bytes a token,"
+        f" {verified}, {report.seconds:.0f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _plan_line(report: ExportReport) -> str:
+    """The plan, drawn as one sign a layer: a source as ●, a follower as its source's number."""
+    sources = report.manifest.sources
+    signs = " ".join("●" if layer == source else str(source) for layer, source in enumerate(sources))
+    followers = sum(layer != source for layer, source in enumerate(sources))
+    return (
+        f"plan: {signs}   ({followers} of {len(sources)} layers follow,"
+        f" {followers / len(sources):.0%}; ● computes its own attention)"
+    )
+
+
+def _passes_table(report: ExportReport) -> Table:
+    table = Table(title="graph passes", title_justify="left")
+    table.add_column("pass")
+    for name in ("nodes", "parameters", "bytes"):
+        table.add_column(name, justify="right")
+    for entry in report.passes:
+        table.add_row(
+            entry.name,
+            f"{entry.after.nodes - entry.before.nodes:+,}",
+            f"{entry.after.parameters - entry.before.parameters:+,}",
+            f"{entry.after.bytes - entry.before.bytes:+,}",
+        )
+    return table

@@ -1,0 +1,64 @@
+"""``echoatt export MODEL_DIR OUT``: checkpoint and sharing plan to a verified bundle."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "export a checkpoint as a verified bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", help="a student, or any supported Hugging Face directory"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="a .onnx file, or a directory that gets model.onnx"
+    )
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        default="fp32",
+        help="of the weights (default fp32; int8 and int4 in blocks of 32)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle is for"
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare with PyTorch before publishing"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite an existing bundle")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the checkpoint brings"
+    )
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--plan`` and ``--share``, of which at most one is given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--plan", metavar="FILE", help="a sharing plan (JSON)")
+    group.add_argument("--share", metavar="PAIRS", help="follower:source pairs, such as 3:2,4:2")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, and say what was done."""
+    from echoatt_cli._console import progress, show_export
+    from echoatt_exporter import SharingPlan, export_bundle
+
+    plan = SharingPlan.load(arguments.plan) if arguments.plan else arguments.share
+    with progress(quiet=arguments.json) as on_step:
+        report = export_bundle(
+            arguments.model_dir,
+            arguments.out,
+            plan,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            verify=not arguments.no_verify,
+            force=arguments.force,
+            trust_remote_code=arguments.trust_remote_code,
+            on_step=on_step,
+        )
+    show_export(report, as_json=arguments.json)
+    return 0

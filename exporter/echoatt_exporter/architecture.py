@@ -1,0 +1,133 @@
+"""What EchoAtt needs to know of a decoder, read from its Hugging Face configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optimum.utils import NormalizedConfigManager
+from optimum.utils.normalized_config import NormalizedTextConfig, NormalizedTextConfigWithGQA
+from transformers import PreTrainedConfig
+
+from echoatt_exporter.errors import UnsupportedModelError
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.modeling_echoatt import FAMILIES
+
+LayerKind = Literal["full", "sliding"]
+
+# Rotary variants whose frequencies depend on the length of the running sequence. A graph traced
+# once would freeze them at the traced length and be silently wrong at every other.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_KIND_OF_LAYER_TYPE: dict[str, LayerKind] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderArchitecture:
+    """A decoder's shape, in the words of the graph contract.
+
+    Attributes:
+        family: the Hugging Face ``model_type``.
+        layer_kinds: attention kind of each layer.
+        sliding_window: tokens a sliding layer sees, itself included; None without such layers.
+        num_query_heads: query heads of every layer.
+        num_kv_heads: key/value heads of every layer.
+        head_dim: elements per head.
+        vocab_size: rows of the LM head.
+        context_length: the most positions the checkpoint was made for.
+    """
+
+    family: str
+    layer_kinds: tuple[LayerKind, ...]
+    sliding_window: int | None
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.layer_kinds)
+
+    def validate_plan(self, plan: SharingPlan) -> None:
+        """Check that ``plan`` fits this decoder.
+
+        Raises:
+            PlanError: names every fault at once.
+        """
+        plan.validate(self.layer_kinds, (self.num_query_heads,) * self.num_layers)
+
+
+def _normalized(config: PreTrainedConfig) -> Any:
+    """Optimum's view of the config, with one set of field names across families."""
+    family = config.model_type
+    if family in NormalizedConfigManager._conf:
+        return NormalizedConfigManager.get_normalized_config_class(family)(config)
+    # optimum 2.3 does not list the later Gemmas
+    grouped = hasattr(config, "num_key_value_heads")
+    return (NormalizedTextConfigWithGQA if grouped else NormalizedTextConfig)(config)
+
+
+def _layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, ...]:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        window = getattr(config, "sliding_window", None)
+        layer_types = ["full_attention" if window is None else "sliding_attention"] * num_layers
+    unknown = sorted(set(layer_types) - set(_KIND_OF_LAYER_TYPE))
+    if unknown:
+        raise UnsupportedModelError(
+            f"layers of type {', '.join(unknown)} are not supported; EchoAtt shares full and"
+            " sliding attention"
+        )
+    return tuple(_KIND_OF_LAYER_TYPE[layer_type] for layer_type in layer_types)
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 has one set of parameters per layer type
+    sets = [rope] if "rope_type" in rope else [p for p in rope.values() if isinstance(p, dict)]
+    for parameters in sets:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"rope_type {parameters['rope_type']!r} changes its frequencies with the length of"
+                " the text, which a fixed graph cannot; use a checkpoint with default, linear,"
+                " llama3 or yarn scaling"
+            )
+
+
+def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
+    """Describe the decoder that ``config`` belongs to.
+
+    Args:
+        config: a teacher's configuration; of a student, its ``text_config``.
+
+    Raises:
+        UnsupportedModelError: another family, or a feature that cannot be shared or exported.
+    """
+    family = config.model_type
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {family!r} is not supported; EchoAtt knows {', '.join(sorted(FAMILIES))}"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError("bidirectional attention is not supported: not a decoder")
+    _check_rope(config)
+    normalized = _normalized(config)
+    heads = normalized.num_attention_heads
+    num_layers = normalized.num_layers
+    kinds = _layer_kinds(config, num_layers)
+    return DecoderArchitecture(
+        family=family,
+        layer_kinds=kinds,
+        sliding_window=config.sliding_window if "sliding" in kinds else None,
+        num_query_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or normalized.hidden_size // heads,
+        vocab_size=normalized.vocab_size,
+        context_length=config.max_position_embeddings,
+    )

@@ -1,0 +1,43 @@
+"""The exporter's exceptions; all derive from :class:`echoatt_runtime.errors.EchoAttError`.
+
+EchoAttError
+├── PlanError                a sharing plan that is malformed or does not fit the model
+├── UnsupportedModelError    a model that EchoAtt cannot share or export
+├── CheckpointError          a model directory that cannot be read as it should
+├── ExportError              an export that cannot go on
+│   ├── OutputExistsError    the output is there already
+│   └── ContractError        a graph that breaks the graph contract
+└── ParityError              bundle and PyTorch disagree
+
+Every message is one line: what is wrong, where, and what to do.
+"""
+
+from echoatt_runtime.errors import EchoAttError
+
+
+class PlanError(EchoAttError):
+    """A sharing plan is malformed, or does not fit the model."""
+
+
+class UnsupportedModelError(EchoAttError):
+    """The model is of a kind that EchoAtt cannot share or export."""
+
+
+class CheckpointError(EchoAttError):
+    """A model directory is incomplete, inconsistent or unsafe to load."""
+
+
+class ExportError(EchoAttError):
+    """An export cannot go on."""
+
+
+class OutputExistsError(ExportError):
+    """The output exists and overwriting it was not asked for."""
+
+
+class ContractError(ExportError):
+    """A graph breaks the graph contract."""
+
+
+class ParityError(EchoAttError):
+    """The bundle's numbers differ from PyTorch's by more than the stated tolerance."""

@@ -1,0 +1,304 @@
+"""A checkpoint and a sharing plan to a verified bundle, and an unshared bundle to a shared one."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
+from echoatt_exporter.bundle import (
+    BundlePath,
+    copy_bundle_files,
+    copy_checkpoint_files,
+    write_bundle,
+)
+from echoatt_exporter.errors import ExportError, PlanError
+from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
+from echoatt_exporter.passes import PassReport, export_pipeline, run_pipeline
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.checkpoint import checkpoint_digest, load_student
+from echoatt_exporter.trace.tracer import trace_student
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint, Verification
+from echoatt_runtime.session import find_model, read_manifest
+
+# The dtype that a graph computes in before its weights are quantised.
+_COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "int4": torch.float32,
+}
+
+# Long enough for several prefill chunks; `echoatt parity` goes up to the model's own limit.
+_VERIFIED_CONTEXT = 512
+
+DTYPES = tuple(_COMPUTE_DTYPES)
+DEVICES = ("cpu", "cuda")
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export or a rewrite did.
+
+    Attributes:
+        model: the published model file.
+        manifest: the manifest inside it.
+        passes: what each graph pass changed, in order.
+        parity: the comparison with PyTorch; None if it was not asked for.
+        parameters: elements of all weights in the graph.
+        seconds: wall time of the whole.
+    """
+
+    model: Path
+    manifest: Manifest
+    passes: Sequence[PassReport]
+    parity: ParityReport | None
+    parameters: int
+    seconds: float
+
+    def to_json(self) -> str:
+        """The report for a program to read."""
+        data: dict[str, Any] = {
+            "model": str(self.model),
+            "manifest": json.loads(self.manifest.to_json()),
+            "parameters": self.parameters,
+            "model_bytes": self.model.stat().st_size,
+            "seconds": round(self.seconds, 3),
+            "passes": [dataclasses.asdict(report) for report in self.passes],
+            "parity": None if self.parity is None else self.parity.to_dict(),
+        }
+        return json.dumps(data)
+
+
+def _ignore_step(_name: str, _done: int, _total: int) -> None:
+    pass
+
+
+def export_bundle(
+    model_dir: str | Path,
+    out: str | Path,
+    plan: SharingPlan | str | None = None,
+    *,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    verify: bool = True,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_step: OnStep = _ignore_step,
+) -> ExportReport:
+    """Export a checkpoint as a bundle that the EchoAtt runtime runs.
+
+    Args:
+        model_dir: a student's directory, or any supported Hugging Face directory.
+        out: a ``.onnx`` file, or a directory that gets ``model.onnx``.
+        plan: the sharing plan for a directory that is not a student, or its ``follower:source``
+            pairs; None shares nothing.
+        dtype: of the weights: fp32, fp16, bf16, int8 or int4.
+        device: what the bundle is for: cpu or cuda.
+        verify: compare the bundle with PyTorch before it is published.
+        force: overwrite an existing bundle.
+        trust_remote_code: run code that the checkpoint brings.
+        on_step: told (step, done, total) as the export goes on.
+
+    Returns:
+        The report.
+
+    Raises:
+        EchoAttError: bad input, typed and in one line; nothing was published.
+    """
+    start = time.perf_counter()
+    _check_target(dtype, device)
+    target = BundlePath.of(out)
+    target.check_free(force=force)
+    source = Path(model_dir)
+
+    on_step("load", 0, 1)
+    student = load_student(
+        source,
+        plan,
+        dtype=_COMPUTE_DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+    )
+    architecture = architecture_of(student.config.get_text_config())
+    manifest = _manifest(source, architecture, student, dtype=dtype, device=device)
+    reference: ReferenceRun | None = None
+    if verify:
+        on_step("reference", 0, 1)
+        reference = record_reference(
+            student, manifest, tokenizer_dir=source, max_context=_VERIFIED_CONTEXT
+        )
+    on_step("trace", 0, 1)
+    model = trace_student(student, manifest)
+    # The graph holds the weights it needs; the rest of the student may go before anything is copied
+    del student
+    gc.collect()
+    on_step("passes", 0, 1)
+    reports = _run_passes(model, manifest)
+
+    parity: ParityReport | None = None
+
+    def verify_staged(path: Path) -> Verification | None:
+        nonlocal parity
+        if reference is None:
+            return None
+        on_step("verify", 0, 1)
+        parity = compare(reference, path)
+        parity.raise_on_mismatch()
+        return parity.verification()
+
+    manifest = write_bundle(
+        model,
+        manifest,
+        target,
+        lambda stage: copy_checkpoint_files(source, stage, trust_remote_code=trust_remote_code),
+        force=force,
+        verify=verify_staged,
+        on_weight=lambda done, total: on_step("write", done, total),
+    )
+    return ExportReport(
+        model=target.model,
+        manifest=manifest,
+        passes=reports,
+        parity=parity,
+        parameters=reports[-1].after.parameters,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def rewrite_bundle(
+    model_file: str | Path,
+    out: str | Path,
+    plan: SharingPlan | str | None = None,
+    *,
+    force: bool = False,
+    on_step: OnStep = _ignore_step,
+) -> ExportReport:
+    """Apply a sharing plan to an unshared bundle's graph, with no PyTorch model at hand.
+
+    The graph's own numbers change as sharing changes them, and there is no PyTorch model to hold it
+    against; the new manifest therefore says that it was not verified.
+
+    Args:
+        model_file: an unshared bundle's model file.
+        out: as in :func:`export_bundle`.
+        plan: the sharing plan, or its ``follower:source`` pairs.
+        force: overwrite an existing bundle.
+        on_step: told (step, done, total) as the rewrite goes on.
+
+    Returns:
+        The report.
+
+    Raises:
+        EchoAttError: bad input, typed and in one line; nothing was published.
+    """
+    start = time.perf_counter()
+    source, target = find_model(model_file), BundlePath.of(out)
+    if target.model.resolve() == source.resolve():
+        raise ExportError(f"{target.model} is the input itself; name another output")
+    target.check_free(force=force)
+    on_step("load", 0, 1)
+    manifest = read_manifest(source)
+    if manifest.sources != tuple(range(manifest.num_layers)):
+        raise PlanError(
+            f"{source} is shared already; rewrite the unshared bundle of the same checkpoint"
+        )
+    if isinstance(plan, str):
+        plan = SharingPlan.from_pairs(plan, manifest.num_layers)
+    if plan is None:
+        raise PlanError("a rewrite needs a sharing plan; pass --plan FILE or --share 3:2,4:2")
+    plan.validate(manifest.layer_kinds, (manifest.num_query_heads,) * manifest.num_layers)
+    model = ir.load(source)
+    manifest = dataclasses.replace(manifest, sources=plan.sources, verification=None)
+    on_step("passes", 0, 1)
+    reports = _run_passes(model, manifest)
+    manifest = write_bundle(
+        model,
+        manifest,
+        target,
+        lambda stage: copy_bundle_files(source.parent, stage),
+        force=force,
+        verify=lambda _: None,
+        on_weight=lambda done, total: on_step("write", done, total),
+    )
+    return ExportReport(
+        model=target.model,
+        manifest=manifest,
+        passes=reports,
+        parity=None,
+        parameters=reports[-1].after.parameters,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _run_passes(model: ir.Model, manifest: Manifest) -> list[PassReport]:
+    model.metadata_props[METADATA_KEY] = manifest.to_json()
+    return run_pipeline(model, export_pipeline(manifest))
+
+
+def _check_target(dtype: str, device: str) -> None:
+    if dtype not in DTYPES:
+        raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if device not in DEVICES:
+        raise ExportError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    if device == "cpu" and dtype in ("fp16", "bf16"):
+        raise ExportError(
+            f"{dtype} is not for the CPU: ONNX Runtime would convert every weight at every step, or"
+            " has no kernel at all; use fp32, int8 or int4, or --device cuda"
+        )
+
+
+def _manifest(
+    source: Path,
+    architecture: DecoderArchitecture,
+    student: EchoAttForCausalLM,
+    *,
+    dtype: str,
+    device: str,
+) -> Manifest:
+    """The manifest as far as it is known before anything is written."""
+    generation = student.generation_config
+    config = student.config.get_text_config()
+
+    def token(name: str) -> Any:
+        # What generate() would use comes first, as in transformers
+        value = getattr(generation, name, None)
+        return value if value is not None else getattr(config, name, None)
+
+    eos = token("eos_token_id")
+    return Manifest(
+        exporter_version=importlib.metadata.version("echoatt"),
+        family=architecture.family,
+        sources=tuple(student.sources),
+        layer_kinds=architecture.layer_kinds,
+        sliding_window=architecture.sliding_window,
+        num_query_heads=architecture.num_query_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        vocab_size=architecture.vocab_size,
+        context_length=architecture.context_length,
+        dtype=dtype,
+        device=device,
+        bos_token_id=token("bos_token_id"),
+        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        pad_token_id=token("pad_token_id"),
+        weights_file="model.onnx.data",
+        weights_bytes=0,
+        source_checkpoint=SourceCheckpoint(
+            name=source.resolve().name, sha256=checkpoint_digest(source)
+        ),
+        verification=None,
+    )

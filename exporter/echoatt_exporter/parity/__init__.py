@@ -1,0 +1,19 @@
+"""PyTorch against the bundle: does the graph compute what the student computes?"""
+
+from echoatt_exporter.parity.check import assert_parity, check_parity
+from echoatt_exporter.parity.compare import compare
+from echoatt_exporter.parity.reference import ReferenceRun, record_reference
+from echoatt_exporter.parity.report import CaseReport, ParityReport, Tolerance
+from echoatt_exporter.parity.table import format_report
+
+__all__ = [
+    "CaseReport",
+    "ParityReport",
+    "ReferenceRun",
+    "Tolerance",
+    "assert_parity",
+    "check_parity",
+    "compare",
+    "format_report",
+    "record_reference",
+]

@@ -1,0 +1,134 @@
+"""Lets a PyTorch module compute with other weights than its own, one module at a time.
+
+Both uses would otherwise need a second copy of all weights: float32 arithmetic on 16-bit weights,
+and weights that went through the block quantiser.
+
+K inputs of a matrix product, N outputs, J blocks of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
+from torch import nn
+
+# As in the QuantizeWeights pass; the two must agree, and parity of a quantised bundle says so.
+_BLOCK_SIZE = 32
+_COLUMNS_AT_ONCE = 4096
+
+_Replace = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def float32_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Let a 16-bit ``model`` compute in float32, within the context.
+
+    The weights keep their 16-bit values. This is what a 16-bit bundle is held against: PyTorch's
+    own 16-bit arithmetic would add rounding errors as large as the bundle's, and on a CPU its
+    matrix products of more than one row are far slower than the conversion.
+    """
+    sizes = [p.numel() for p in model.parameters() if p.dtype != torch.float32]
+    # One buffer for all: fresh memory for every weight costs more than the conversion itself
+    scratch = torch.empty(max(sizes, default=0), dtype=torch.float32)
+
+    def widen(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name != "weight":
+            return weight.float()
+        return scratch[: weight.numel()].view(weight.shape).copy_(weight)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
+                continue
+            if isinstance(module, nn.Embedding):
+                # The rows that are looked up are converted, not the table
+                stack.callback(module.register_forward_hook(_widen_output).remove)
+            else:
+                stack.enter_context(_replaced(module, widen))
+        yield
+
+
+@contextmanager
+def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
+    """Let ``model`` multiply by weights rounded to ``bits``, as in a bundle, within the context.
+
+    Every :class:`torch.nn.Linear` is quantised, the LM head too; a tied embedding table is not.
+    """
+    quantizer = DefaultWeightOnlyQuantizer(
+        DefaultWeightOnlyQuantConfig(block_size=_BLOCK_SIZE, is_symmetric=False, bits=bits)
+    )
+
+    def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name != "weight":
+            return weight
+        return torch.from_numpy(round_trip(weight.numpy(force=True), quantizer))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                stack.enter_context(_replaced(module, rounded))
+        yield
+
+
+def round_trip(
+    weight_NK: npt.NDArray[np.float32], quantizer: DefaultWeightOnlyQuantizer
+) -> npt.NDArray[np.float32]:
+    """Quantise a weight and give the values back that it then stands for."""
+    config = quantizer.config
+    parts = []
+    for begin in range(0, len(weight_NK), _COLUMNS_AT_ONCE):
+        weight_KN = np.ascontiguousarray(weight_NK[begin : begin + _COLUMNS_AT_ONCE].T)
+        packed, scales, zero_points = quantizer.qbits_block_quant(weight_KN)
+        N, J, _ = packed.shape
+        levels_NJK = _unpack(packed.reshape(N, -1), config.bits).reshape(N, J, config.block_size)
+        zeros_NJ1 = _unpack(zero_points.reshape(N, -1), config.bits)[:, :J, None]
+        parts.append(((levels_NJK - zeros_NJ1) * scales.reshape(N, J, 1)).reshape(N, -1))
+    # The last block is padded where K is not a whole number of blocks
+    return np.concatenate(parts)[:, : weight_NK.shape[1]]
+
+
+def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]:
+    """Bytes [N, n] to one number each, or two with the low half first."""
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return packed.astype(np.float32)
+
+
+def _widen_output(_module: nn.Module, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
+
+
+@contextmanager
+def _replaced(module: nn.Module, replace: _Replace) -> Iterator[None]:
+    """Replace a module's own parameters whenever it runs, and put them back right after."""
+    own: dict[str, nn.Parameter | None] = {}
+
+    def before(_module: nn.Module, _arguments: Any) -> None:
+        own.update(module._parameters)
+        for name, weight in own.items():
+            if weight is not None:
+                # Not an nn.Parameter: it must not be found by anything that lists those
+                module._parameters[name] = replace(name, weight)  # type: ignore[assignment]
+
+    def after(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        module._parameters.update(own)
+        own.clear()
+
+    hooks = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

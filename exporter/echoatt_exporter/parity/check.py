@@ -1,0 +1,117 @@
+"""A model directory against a bundle, for the command line and for a user's tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.errors import CheckpointError, PlanError
+from echoatt_exporter.parity.compare import compare
+from echoatt_exporter.parity.reference import record_reference
+from echoatt_exporter.parity.report import ParityReport
+from echoatt_exporter.parity.twins import read_manifest
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.checkpoint import load_student
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.session import find_model
+
+# Weights are rounded before PyTorch computes with them, as they were before they were traced;
+# block quantisation starts from float32.
+_WEIGHT_DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_parity(
+    model_dir: str | Path,
+    bundle: str | Path,
+    plan: SharingPlan | str | None = None,
+    *,
+    max_context: int | None = None,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Compare the model in a directory, run by PyTorch, with a bundle, run by ONNX Runtime.
+
+    PyTorch runs first and is gone before the bundle is opened: memory holds one of them at a time.
+
+    Args:
+        model_dir: a student's directory, or a teacher's.
+        bundle: the bundle's model file, or a directory with ``model.onnx``.
+        plan: the sharing plan, or its ``follower:source`` pairs; None takes the bundle's own.
+        max_context: the most tokens of the long text; None goes up to the model's context length.
+        trust_remote_code: run code that the checkpoint brings.
+
+    Returns:
+        The report; it may say that they differ.
+
+    Raises:
+        EchoAttError: they could not be compared: no such model or bundle, another plan, another
+            shape.
+    """
+    path = find_model(bundle)
+    manifest = read_manifest(path)
+    if isinstance(plan, str):
+        plan = SharingPlan.from_pairs(plan, manifest.num_layers)
+    if plan is not None and plan.sources != manifest.sources:
+        raise PlanError(
+            f"could not compare: {path} has the plan {list(manifest.sources)}, not"
+            f" {list(plan.sources)}; leave the plan out, or export with it"
+        )
+    student = load_student(
+        model_dir,
+        SharingPlan(manifest.sources),
+        dtype=_WEIGHT_DTYPES.get(manifest.dtype, torch.float32),
+        trust_remote_code=trust_remote_code,
+    )
+    _check_same_model(student, manifest, path)
+    reference = record_reference(
+        student, manifest, tokenizer_dir=Path(model_dir), max_context=max_context
+    )
+    del student
+    gc.collect()
+    return compare(reference, path)
+
+
+def assert_parity(
+    model_dir: str | Path,
+    bundle: str | Path,
+    plan: SharingPlan | str | None = None,
+    *,
+    max_context: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Fail unless PyTorch and a bundle agree; for a test.
+
+    Args:
+        model_dir: as in :func:`check_parity`, and so are the others.
+        bundle: the bundle.
+        plan: the sharing plan.
+        max_context: the most tokens of the long text.
+        trust_remote_code: run code that the checkpoint brings.
+
+    Raises:
+        ParityError: they differ.
+        EchoAttError: they could not be compared.
+    """
+    check_parity(
+        model_dir, bundle, plan, max_context=max_context, trust_remote_code=trust_remote_code
+    ).raise_on_mismatch()
+
+
+def _check_same_model(student: EchoAttForCausalLM, manifest: Manifest, path: Path) -> None:
+    architecture = architecture_of(student.config.get_text_config())
+    differences = [
+        f"{field.name} {getattr(manifest, field.name)} instead of"
+        f" {getattr(architecture, field.name)}"
+        for field in dataclasses.fields(architecture)
+        if getattr(manifest, field.name) != getattr(architecture, field.name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"could not compare: {path} was made from another model ({'; '.join(differences)});"
+            " give the directory that it was exported from"
+        )

@@ -1,0 +1,206 @@
+"""Runs a bundle on the cases of a reference and compares its logits.
+
+Shapes: V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from echoatt_exporter.errors import CheckpointError
+from echoatt_exporter.parity.cases import Case
+from echoatt_exporter.parity.feeding import Texts, feed
+from echoatt_exporter.parity.reference import Floats, ReferenceRun
+from echoatt_exporter.parity.report import TOLERANCES, CaseReport, ParityReport, Tolerance
+from echoatt_exporter.parity.twins import (
+    choose_device,
+    describe,
+    needs_float32,
+    open_bundle,
+    read_manifest,
+)
+from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.session import Session
+
+_Doubles = npt.NDArray[np.float64]
+
+_EXACT = ", rounded weights"
+
+# Everything that a comparison takes for granted; other fields may differ
+_SAME = (
+    "family", "sources", "layer_kinds", "sliding_window", "num_query_heads", "num_kv_heads",
+    "head_dim", "vocab_size", "dtype",
+)  # fmt: skip
+
+
+def compare(reference: ReferenceRun, bundle_path: Path) -> ParityReport:
+    """Run the bundle on every case that PyTorch ran.
+
+    The bundle runs through the EchoAtt runtime on the device it was exported for, or on the CPU
+    where there is no GPU. A bf16 bundle, for which the CPU has no kernels, is then computed in
+    float32 from its bf16 weights, and held to float32's tolerance.
+
+    Args:
+        reference: PyTorch's side.
+        bundle_path: the model file.
+
+    Raises:
+        CheckpointError: the bundle was made from another kind of model, or with another plan.
+        BundleError: the bundle is damaged.
+        DeviceError: it cannot be run.
+    """
+    manifest = read_manifest(bundle_path)
+    _check_same(reference.manifest, manifest, bundle_path)
+    device = choose_device(manifest, bundle_path)
+    tolerance = TOLERANCES["fp32" if needs_float32(manifest, device) else manifest.dtype]
+    session = open_bundle(bundle_path, manifest, device)
+    plain = [_compare_case(session, case, reference.texts, tolerance) for case in reference.cases]
+    del session
+    exact = _compare_exact(reference, bundle_path, manifest, device)
+    cases = (*plain, *exact)
+    layer: int | None = None
+    divergence = ""
+    if not all(case.passed for case in cases):
+        layer, divergence = _locate(reference, plain, exact, bundle_path, manifest, device)
+    return ParityReport(describe(manifest, device), manifest.dtype, cases, layer, divergence)
+
+
+def _check_same(expected: Manifest, found: Manifest, path: Path) -> None:
+    differences = [
+        f"{name} {getattr(found, name)} instead of {getattr(expected, name)}"
+        for name in _SAME
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"could not compare: {path} was made from another model ({'; '.join(differences)});"
+            " give the model directory and the plan that it was exported from"
+        )
+
+
+def _compare_exact(
+    reference: ReferenceRun, path: Path, manifest: Manifest, device: str
+) -> list[CaseReport]:
+    """The cases with rounded weights on both sides, where the only difference is the graph's."""
+    if not reference.exact_cases:
+        return []
+    session = open_bundle(path, manifest, device, exact=True)
+    return [
+        _compare_case(session, case, reference.exact_texts, TOLERANCES["fp32"], _EXACT)
+        for case in reference.exact_cases
+    ]
+
+
+def _compare_case(
+    session: Session, case: Case, texts: Texts, tolerance: Tolerance, remark: str = ""
+) -> CaseReport:
+    statistics = _Statistics(_spread(case, texts))
+    for row in feed(session, case, texts):
+        text = texts[row.text]
+        statistics.add(int(text.positions[row.kept]), text.logits[row.kept], row.logits)
+    return statistics.report(case.name + remark, tolerance)
+
+
+def _spread(case: Case, texts: Texts) -> float:
+    """The logits' standard deviation over the vocabulary, averaged over the case's positions."""
+    variances = np.concatenate([texts[index].logits.var(axis=1) for index in case.texts])
+    # A model whose logits are all equal has no scale of its own
+    return math.sqrt(variances.mean(dtype=np.float64)) or 1.0
+
+
+class _Statistics:
+    """Collects a case's differences, row by row, so that no two sets of logits are kept."""
+
+    def __init__(self, spread: float) -> None:
+        self._spread = spread
+        self._rows = self._agreeing = self._nans = 0
+        self._max_abs = self._square_sum = 0.0
+        self._kls: list[float] = []
+        self._first: int | None = None
+
+    def add(self, position: int, expected_V: Floats, found_V: Floats) -> None:
+        self._rows += 1
+        self._nans += int(np.count_nonzero(~np.isfinite(found_V)))
+        if self._nans:
+            # Nothing but their number can be said of rows that hold no numbers
+            self._diverges_at(position)
+            return
+        expected, found = expected_V.astype(np.float64), found_V.astype(np.float64)
+        difference = found - expected
+        self._max_abs = max(self._max_abs, float(np.abs(difference).max()))
+        self._square_sum += float(np.mean(difference**2))
+        log_expected, log_found = _log_softmax(expected), _log_softmax(found)
+        self._kls.append(max(0.0, float(np.exp(log_expected) @ (log_expected - log_found))))
+        if expected.argmax() == found.argmax():
+            self._agreeing += 1
+        else:
+            self._diverges_at(position)
+
+    def _diverges_at(self, position: int) -> None:
+        self._first = position if self._first is None else min(position, self._first)
+
+    def report(self, name: str, tolerance: Tolerance) -> CaseReport:
+        known = not self._nans
+        return CaseReport(
+            name=name,
+            rows=self._rows,
+            max_abs_error=self._max_abs if known else math.inf,
+            max_error=self._max_abs / self._spread if known else math.inf,
+            rms_error=math.sqrt(self._square_sum / self._rows) / self._spread
+            if known
+            else math.inf,
+            mean_kl=float(np.mean(self._kls)) if known else math.inf,
+            max_kl=max(self._kls) if known else math.inf,
+            top1_agreement=self._agreeing / self._rows,
+            first_diverging_token=self._first,
+            nan_count=self._nans,
+            tolerance=tolerance,
+        )
+
+
+def _log_softmax(logits_V: _Doubles) -> _Doubles:
+    shifted = logits_V - logits_V.max()
+    result: _Doubles = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def _locate(
+    reference: ReferenceRun,
+    plain: list[CaseReport],
+    exact: list[CaseReport],
+    path: Path,
+    manifest: Manifest,
+    device: str,
+) -> tuple[int | None, str]:
+    """Find the first layer whose attention output differs, in the case that failed worst."""
+    if exact and all(report.passed for report in exact):
+        return None, "the graph computes what its rounded weights say, so it is their rounding"
+    if exact:
+        # The plain cases of rounded weights differ in every layer, and rightly so
+        reports, cases = exact, reference.exact_cases
+        texts: Texts = reference.exact_texts
+    else:
+        reports, cases, texts = plain, reference.cases, reference.texts
+    worst = max(range(len(reports)), key=lambda index: reports[index].severity)
+    limit = reports[worst].tolerance.max_error
+    session = open_bundle(path, manifest, device, exact=bool(exact), contexts=True)
+    largest = np.zeros(manifest.num_layers)
+    for row in feed(session, cases[worst], texts, contexts=True):
+        expected = texts[row.text].contexts[:, row.kept]
+        difference = np.abs(np.stack(row.contexts) - expected).max(axis=1)
+        # A NaN is larger than any limit
+        largest = np.fmax(largest, np.nan_to_num(difference, nan=np.inf))
+    scales = np.sqrt(
+        np.mean(
+            [np.square(texts[i].contexts).mean(axis=(1, 2)) for i in cases[worst].texts], axis=0
+        )
+    )
+    diverging = np.flatnonzero(largest > limit * np.where(scales > 0, scales, 1.0))
+    if len(diverging):
+        layer = int(diverging[0])
+        return layer, f"first in layer {layer}'s attention output"
+    return None, "after the last layer's attention"

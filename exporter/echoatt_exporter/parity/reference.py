@@ -1,0 +1,180 @@
+"""Runs the PyTorch student on every text and keeps only what a bundle is compared with.
+
+Shapes: B batch, S new tokens, T tokens attended to, H query heads, D head size, L layers,
+V vocabulary, p positions kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
+from echoatt_exporter.parity.cases import Case, TextRequest, write_script
+from echoatt_exporter.share.modeling_echoatt import (
+    FAMILIES,
+    EchoAttForCausalLM,
+    FollowerAttention,
+)
+from echoatt_runtime.errors import NumericalError
+from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.session import Integers
+
+Floats = npt.NDArray[np.float32]
+
+# Bounds the attention probabilities of one layer: 256 MB of float32
+_PROBABILITIES_AT_ONCE = 2**26
+
+_BITS: Final[Mapping[str, Literal[4, 8]]] = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceText:
+    """What PyTorch computed for one text, alone in its batch.
+
+    Attributes:
+        tokens: int64 [S], with the tokens that PyTorch appended.
+        positions: int64 [p], the positions that were kept.
+        logits: float32 [p, V].
+        contexts: float32 [L, p, H·D], what each layer's attention gives its output projection.
+    """
+
+    tokens: Integers
+    positions: Integers
+    logits: Floats
+    contexts: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceRun:
+    """PyTorch's side of a comparison; the student is not needed any more.
+
+    Attributes:
+        manifest: of the bundle that it is for.
+        cases: what the bundle shall run.
+        texts: what PyTorch computed.
+        exact_cases: the cases that a bundle with quantised weights repeats; none for others.
+        exact_texts: by text, what PyTorch computed with weights rounded as the bundle's are.
+    """
+
+    manifest: Manifest
+    cases: tuple[Case, ...]
+    texts: tuple[ReferenceText, ...]
+    exact_cases: tuple[Case, ...]
+    exact_texts: Mapping[int, ReferenceText]
+
+
+def record_reference(
+    student: EchoAttForCausalLM,
+    manifest: Manifest,
+    *,
+    tokenizer_dir: Path | None,
+    max_context: int | None = None,
+) -> ReferenceRun:
+    """Run PyTorch on every case, in float32 arithmetic whatever the weights' dtype.
+
+    What is kept does not grow with the context: of each text a few dozen rows of logits, and the
+    attention outputs at the same positions.
+
+    Args:
+        student: on the CPU and in evaluation mode, with weights in the bundle's dtype (float32 for
+            int8 and int4). It is left as it was.
+        manifest: of the bundle to compare with.
+        tokenizer_dir: a directory with a ``tokenizer.json`` for real prompts; without, all texts
+            are random tokens.
+        max_context: the most tokens of the long text; None goes up to the context length.
+
+    Raises:
+        NumericalError: PyTorch itself computes NaN or infinities.
+        BundleError: the tokenizer's files are damaged.
+    """
+    script = write_script(manifest, tokenizer_dir, max_context)
+    with float32_arithmetic(student):
+        texts = tuple(_run_text(student, manifest, request) for request in script.texts)
+    exact_cases: tuple[Case, ...] = ()
+    exact_texts: dict[int, ReferenceText] = {}
+    bits = _BITS.get(manifest.dtype)
+    if bits is not None:
+        exact_cases = tuple(script.cases[index] for index in script.exact)
+        with quantised_weights(student, bits):
+            for index in sorted({text for case in exact_cases for text in case.texts}):
+                exact_texts[index] = _run_text(student, manifest, script.texts[index])
+    return ReferenceRun(manifest, script.cases, texts, exact_cases, exact_texts)
+
+
+@torch.inference_mode()
+def _run_text(
+    student: EchoAttForCausalLM, manifest: Manifest, request: TextRequest
+) -> ReferenceText:
+    total = len(request.tokens) + request.greedy
+    at_once = max(1, _PROBABILITIES_AT_ONCE // (total * manifest.num_query_heads))
+    tokens = torch.from_numpy(request.tokens)[None]
+    logits: list[torch.Tensor] = []
+    contexts: list[torch.Tensor] = []
+    cache: Any = None
+    start = 0
+    while start < total:
+        # Up to the end of what is there; once that is done, one appended token after another
+        chunk = tokens[:, start : start + at_once]
+        stop = start + chunk.shape[1]
+        wanted = request.positions[(request.positions >= start) & (request.positions < stop)]
+        kept = torch.from_numpy(wanted - start)
+        # The last row is what greedy decoding goes on with
+        rows = torch.cat([kept, torch.tensor([chunk.shape[1] - 1])])
+        with _recorded_contexts(student, kept) as recorded:
+            output = student(
+                input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=rows
+            )
+        cache = output.past_key_values
+        found = output.logits[0].float()
+        logits.append(found[:-1])
+        contexts.append(torch.stack(recorded))
+        if stop == tokens.shape[1] < total:
+            tokens = torch.cat([tokens, found[-1].argmax().view(1, 1)], dim=1)
+        start = stop
+    text = ReferenceText(
+        tokens[0].numpy(),
+        request.positions,
+        torch.cat(logits).numpy(),
+        torch.cat(contexts, dim=1).numpy(),
+    )
+    if not np.isfinite(text.logits).all():
+        raise NumericalError(
+            f"{manifest.source_checkpoint.name}: PyTorch itself computes logits that are NaN or"
+            " infinite, so there is nothing to compare with; see whether its weights are whole"
+        )
+    return text
+
+
+@contextmanager
+def _recorded_contexts(
+    student: EchoAttForCausalLM, kept: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Collect what each layer gives its output projection at the positions ``kept``: [p, H·D]."""
+    recorded: list[torch.Tensor] = []
+
+    def record(_module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        recorded.append(arguments[0][0, kept].float())
+
+    hooks = [module.register_forward_pre_hook(record) for module in _output_projections(student)]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _output_projections(student: EchoAttForCausalLM) -> Iterator[nn.Module]:
+    family = FAMILIES[student.config.get_text_config().model_type]
+    for layer in cast(nn.ModuleList, student.decoder.get_submodule(family.layers)):
+        attention = getattr(layer, family.attention)
+        follower = isinstance(attention, FollowerAttention)
+        yield attention.o_proj if follower else getattr(attention, family.output)

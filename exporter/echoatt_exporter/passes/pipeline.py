@@ -1,0 +1,129 @@
+"""The passes of an export, in order, with the reasons."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+
+from echoatt_exporter.passes.check_contract import CheckContract
+from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
+from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
+from echoatt_exporter.passes.fuse_rotary import FuseRotary
+from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.passes.name_weights import NameWeights
+from echoatt_exporter.passes.pack_projections import PackProjections
+from echoatt_exporter.passes.quantize_weights import QuantizeWeights
+from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
+from echoatt_exporter.passes.report import PassStep
+from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
+from echoatt_runtime.manifest import Manifest
+
+# Constants of shapes and axes are this small; norms of real models are not, and stay apart.
+_CONSTANT_SIZE: Final = 16
+_BITS: Final[dict[str, Literal[4, 8]]] = {"int4": 4, "int8": 8}
+
+
+def export_pipeline(manifest: Manifest) -> list[PassStep]:
+    """The passes that turn a graph by the contract into the bundle that a manifest describes.
+
+    The graph may come from a student, whose followers read their source's probabilities already, or
+    from an unshared bundle: then the passes apply the plan to the graph. Passes that find their
+    work done change nothing.
+
+    Args:
+        manifest: The bundle's, with the plan that the result shall have. The graph's metadata must
+            hold it by then, for the last pass compares.
+
+    Returns:
+        The passes, for `run_pipeline`.
+    """
+    sources = manifest.sources
+    steps = [
+        PassStep(
+            transform=IdentityEliminationPass(),
+            why="first, because an Identity between two nodes hides a pattern",
+        ),
+        PassStep(
+            transform=LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            why="all constants in one form, so that equal ones can be found",
+        ),
+        PassStep(
+            transform=DeduplicateInitializersPass(size_limit=_CONSTANT_SIZE),
+            why="equal constants become one, so that equal computations can be found",
+        ),
+        PassStep(
+            transform=CommonSubexpressionEliminationPass(),
+            why="every layer computes the same shapes and masks",
+        ),
+        PassStep(
+            transform=NameWeights(),
+            why="while the nodes still say which module they come from",
+        ),
+        PassStep(
+            transform=RewireProbabilities(sources),
+            why="followers read their source's probabilities",
+        ),
+        PassStep(
+            transform=RemoveDeadBranches(sources),
+            why="their query and key branches are not needed any more",
+        ),
+        PassStep(
+            transform=CutPackedWeights(),
+            why="queries and keys that are packed with values outlive their branch",
+        ),
+        PassStep(
+            transform=FuseRmsNorm(),
+            why="after the removal, so that no dead norm is fused",
+        ),
+        PassStep(
+            transform=FuseRotary(),
+            why="likewise; both before packing, whose Split would come between",
+        ),
+        PassStep(
+            transform=FuseSkipRmsNorm(),
+            why="needs the fused norms",
+        ),
+        PassStep(
+            transform=PackProjections(),
+            why="after the removal, so that only projections that are needed are packed",
+        ),
+    ]
+    if manifest.dtype in _BITS:
+        steps.append(
+            PassStep(
+                transform=QuantizeWeights(_BITS[manifest.dtype]),
+                why="after packing, so that each packed weight is quantised once",
+            )
+        )
+    steps += [
+        PassStep(
+            transform=DeduplicateInitializersPass(size_limit=_CONSTANT_SIZE),
+            why="the passes added equal constants to every layer",
+        ),
+        PassStep(
+            transform=RemoveUnusedNodesPass(),
+            why="shape computations that only replaced nodes needed",
+        ),
+        PassStep(
+            transform=RemoveUnusedOpsetsPass(),
+            why="only operator sets that are used are imported",
+        ),
+        PassStep(
+            transform=ClearMetadataAndDocStringPass(),
+            why="traces of source code and its paths do not belong in a bundle",
+        ),
+        PassStep(
+            transform=CheckContract(manifest),
+            why="last, on the graph as it will be written",
+        ),
+    ]
+    return steps

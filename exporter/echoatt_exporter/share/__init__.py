@@ -1,0 +1,1 @@
+"""Sharing on the PyTorch side: teacher and plan to student, and students on disk."""

@@ -1,0 +1,48 @@
+"""Teacher and sharing plan to student."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
+from echoatt_exporter.share.modeling_echoatt import (
+    ATTENTION_NAME,
+    EchoAttForCausalLM,
+    drop_queries_and_keys,
+)
+
+
+def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCausalLM:
+    """Apply a sharing plan to a loaded decoder (EchoAtt, arXiv 2409.14595, "Copy").
+
+    A follower layer keeps the teacher's value and output projections and loses its query and key
+    projections with their biases and norms; everything else is the teacher's. No weight is copied
+    (but for values cut out of a fused projection): the teacher's modules move into the student, and
+    the teacher must not be used afterwards. ``copy.deepcopy`` it first to keep it.
+
+    Args:
+        teacher: a Hugging Face model for causal LM of a supported family.
+        plan: one source per layer.
+
+    Returns:
+        The student, in the teacher's dtype, device and training mode.
+
+    Raises:
+        UnsupportedModelError: the teacher's family is not supported.
+        PlanError: the plan does not fit; names every fault at once.
+    """
+    text_config = teacher.config
+    architecture_of(text_config).validate_plan(plan)
+    drop_queries_and_keys(teacher, plan.sources)
+    teacher.set_attn_implementation(ATTENTION_NAME)
+    config = EchoAttConfig(text_config=text_config, sources=list(plan.sources))
+    config.dtype = teacher.dtype
+    with torch.device("meta"):
+        student = EchoAttForCausalLM(config)
+    student.decoder = teacher
+    student.generation_config = teacher.generation_config
+    student.train(teacher.training)
+    return student

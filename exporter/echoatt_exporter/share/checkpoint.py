@@ -1,0 +1,388 @@
+"""Teachers and students as directories: load, check, save.
+
+Nothing is fetched from a hub, no pickle is opened, and no code that lies in a checkpoint runs
+unless the caller allows it. A checkpoint is loaded whole or refused: a weight that is absent,
+surplus, of the wrong shape or not finite is an error, never a random number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.utils.save_utils import maybe_save_preprocessors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.errors import (
+    CheckpointError,
+    ExportError,
+    OutputExistsError,
+    PlanError,
+    UnsupportedModelError,
+)
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.apply import share_attention
+from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
+from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.share.weight_files import (
+    DENSE_DTYPES,
+    StoredTensor,
+    checkpoint_digest,
+    few,
+    read_json_object,
+    stored_dtype,
+    stored_tensors,
+    weight_files,
+)
+
+__all__ = ["checkpoint_digest", "load_student", "load_teacher", "save_student"]
+
+CONFIG = "config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# transformers' verbosity and progress bars belong to the whole process
+_QUIET_LOCK = threading.RLock()
+
+
+def load_student(
+    path: str | Path,
+    plan: SharingPlan | str | None,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> EchoAttForCausalLM:
+    """Load a student, or a teacher and apply a sharing plan to it.
+
+    Args:
+        path: a student's directory, or a Hugging Face directory of a supported family.
+        plan: for a teacher the plan to apply, or its ``follower:source`` pairs; None for an
+            unshared student. A student has its own plan: then None, or the same one.
+        dtype: element type of the weights; None keeps the one that most of them are stored in.
+        trust_remote_code: allow Python code in the directory to run.
+
+    Returns:
+        The student on the CPU, in evaluation mode. Weights that keep their dtype stay
+        memory-mapped.
+
+    Raises:
+        CheckpointError: the directory is incomplete, inconsistent or damaged.
+        UnsupportedModelError: the model cannot be shared.
+        PlanError: the plan does not fit the model, or is not the student's own.
+    """
+    directory = _directory(path)
+    raw = read_json_object(directory / CONFIG)
+    if raw.get("model_type") != EchoAttConfig.model_type:
+        # Before any weight is read: a wrong plan is found at once
+        config = _teacher_config(directory, raw, trust_remote_code)
+        architecture = architecture_of(config)
+        if isinstance(plan, str):
+            plan = SharingPlan.from_pairs(plan, architecture.num_layers)
+        plan = plan or SharingPlan.unshared(architecture.num_layers)
+        architecture.validate_plan(plan)
+        teacher = _load(AutoModelForCausalLM, directory, config, dtype, trust_remote_code)
+        return share_attention(teacher, plan)
+    own, config = _student_config(directory, raw)
+    if isinstance(plan, str):
+        plan = SharingPlan.from_pairs(plan, own.num_layers)
+    if plan is not None and plan != own:
+        raise PlanError(
+            f"{directory} is a student with the plan {list(own.sources)}, not"
+            f" {list(plan.sources)}; leave the plan out, or start from the teacher"
+        )
+    student: EchoAttForCausalLM = _load(EchoAttForCausalLM, directory, config, dtype, False)
+    return student
+
+
+def load_teacher(
+    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a decoder of a supported family as transformers has it.
+
+    Args:
+        path: a Hugging Face directory.
+        dtype: as in :func:`load_student`.
+        trust_remote_code: as in :func:`load_student`.
+
+    Returns:
+        The model for causal LM, on the CPU and in evaluation mode.
+
+    Raises:
+        CheckpointError: the directory is incomplete, inconsistent or damaged, or is a student's.
+        UnsupportedModelError: the model cannot be shared.
+    """
+    directory = _directory(path)
+    raw = read_json_object(directory / CONFIG)
+    if raw.get("model_type") == EchoAttConfig.model_type:
+        raise CheckpointError(f"{directory}: is a student; a teacher is needed here")
+    config = _teacher_config(directory, raw, trust_remote_code)
+    architecture_of(config)
+    teacher: PreTrainedModel = _load(
+        AutoModelForCausalLM, directory, config, dtype, trust_remote_code
+    )
+    return teacher
+
+
+def save_student(
+    student: EchoAttForCausalLM,
+    directory: str | Path,
+    source_dir: str | Path,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a student as a Hugging Face directory with everything that ``generate`` needs.
+
+    The directory appears whole or not at all: it is written beside its place and then renamed.
+
+    Args:
+        student: the student.
+        directory: where to; must not exist, or be empty.
+        source_dir: the teacher's directory, for tokenizer and chat template.
+        trust_remote_code: allow the tokenizer's own Python code in ``source_dir`` to run.
+
+    Raises:
+        OutputExistsError: ``directory`` is there already.
+        CheckpointError: the tokenizer in ``source_dir`` cannot be loaded.
+        ExportError: writing failed, for want of space for one.
+    """
+    target, source = Path(directory), Path(source_dir)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise OutputExistsError(f"{target}: exists; remove it, or name another directory")
+    partial = target.absolute().parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    try:
+        partial.mkdir(parents=True)
+        with _quiet():
+            _save_model(student, partial)
+            _save_tokenizer(source, partial, trust_remote_code)
+        partial.replace(target)
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{target}: cannot write the student ({_one_line(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_model(student: EchoAttForCausalLM, directory: Path) -> None:
+    generation_config = student.generation_config
+    # transformers refuses to save an inconsistent generation config. Published ones often are
+    # (temperature without do_sample), and that is no reason not to save weights.
+    student.generation_config = GenerationConfig()
+    try:
+        student.save_pretrained(directory)
+    finally:
+        student.generation_config = generation_config
+    generation_config.to_json_file(directory / "generation_config.json")
+
+
+def _save_tokenizer(source: Path, directory: Path, trust_remote_code: bool) -> None:
+    if not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    maybe_save_preprocessors(source, directory, trust_remote_code=trust_remote_code)
+    # optimum saves what loads and passes over what does not
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{source}: its tokenizer cannot be loaded with transformers")
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if not directory.exists():
+        raise CheckpointError(
+            f"{directory}: no such directory; give a local model directory (nothing is downloaded)"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is a file; give the directory that holds {CONFIG}")
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{directory}: no {CONFIG}; not a Hugging Face model directory")
+    return directory
+
+
+def _teacher_config(
+    directory: Path, raw: dict[str, Any], trust_remote_code: bool
+) -> PreTrainedConfig:
+    """The configuration of a dense decoder that transformers knows, or a reasoned refusal."""
+    family = raw.get("model_type")
+    if not isinstance(family, str):
+        raise CheckpointError(f'{directory / CONFIG}: no "model_type"; not a transformers config')
+    _refuse_quantised(directory, raw)
+    if family not in FAMILIES:
+        _refuse_foreign(directory, raw, family, trust_remote_code)
+    try:
+        with _quiet():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory / CONFIG}: not a valid {family} config ({_one_line(error)})"
+        ) from error
+    return config
+
+
+def _refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if found:
+        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+        raise UnsupportedModelError(
+            f"{directory}: a quantised checkpoint (method {method}); EchoAtt needs the dense one"
+            " and quantises on export"
+        )
+
+
+def _refuse_foreign(
+    directory: Path, raw: dict[str, Any], family: str, trust_remote_code: bool
+) -> None:
+    """Refuse a type that is not in ``FAMILIES``, unless trusted code might turn it into one."""
+    if family == "gemma3":
+        raise UnsupportedModelError(
+            f"{directory}: a multimodal Gemma 3; only text checkpoints (model type gemma3_text)"
+            " are supported"
+        )
+    if "auto_map" in raw:
+        if trust_remote_code:
+            return
+        raise UnsupportedModelError(
+            f"{directory}: model type {family!r} comes with its own Python code, which is not run"
+            f" unless you trust it (--trust-remote-code); EchoAtt knows"
+            f" {', '.join(sorted(FAMILIES))}"
+        )
+    named = raw.get("architectures") or []
+    decoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not raw.get("is_encoder_decoder")
+    if not decoder or (
+        named and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
+    ):
+        raise UnsupportedModelError(
+            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows"
+            f" {', '.join(sorted(FAMILIES))}"
+        )
+    # what is left is a decoder of a family that architecture_of() refuses with its own message
+
+
+def _student_config(directory: Path, raw: dict[str, Any]) -> tuple[SharingPlan, EchoAttConfig]:
+    """A student's plan and configuration, checked against each other."""
+    origin = directory / CONFIG
+    sources, text = raw.get("sources"), raw.get("text_config")
+    if not isinstance(sources, list) or not all(type(source) is int for source in sources):
+        raise CheckpointError(f'{origin}: "sources" must be a list of layer numbers, one a layer')
+    if not isinstance(text, dict) or "model_type" not in text:
+        raise CheckpointError(f'{origin}: "text_config" must be the teacher\'s configuration')
+    try:
+        with _quiet():
+            config = EchoAttConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{origin}: not a valid student config ({_one_line(error)})"
+        ) from error
+    plan = SharingPlan(tuple(sources))
+    try:
+        architecture_of(config.get_text_config()).validate_plan(plan)
+    except PlanError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    return plan, config
+
+
+def _load(
+    model_class: Any,
+    directory: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> Any:
+    """Load a model whole or refuse it."""
+    tensors = stored_tensors(weight_files(directory))
+    own_dtype = stored_dtype(tensors, directory)
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype or own_dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                # Collected rather than raised one by one, and raised below
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise CheckpointError(f"{directory}: cannot be loaded ({_one_line(error)})") from error
+    _refuse_misfits(directory, info)
+    _refuse_stored_as_integers(directory, model, tensors)
+    _refuse_non_finite(directory, model, own_dtype)
+    return model
+
+
+def _refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
+    faults = []
+    if missing := info["missing_keys"]:
+        faults.append(f"missing {few(missing)}")
+    if surplus := info["unexpected_keys"]:
+        faults.append(f"surplus {few(surplus)}")
+    if shapes := info["mismatched_keys"]:
+        wrong = (f"{name} is {[*stored]}, not {[*wanted]}" for name, stored, wanted in shapes)
+        faults.append(f"wrongly shaped {few(wrong)}")
+    faults.extend(_one_line(message) for message in info["error_msgs"])
+    if faults:
+        raise CheckpointError(f"{directory}: tensors do not fit {CONFIG}: {'; '.join(faults)}")
+
+
+def _refuse_stored_as_integers(
+    directory: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
+) -> None:
+    names = model.state_dict().keys() & tensors.keys()
+    if wrong := [
+        f"{n} is {tensors[n].dtype}" for n in names if tensors[n].dtype not in DENSE_DTYPES
+    ]:
+        raise UnsupportedModelError(
+            f"{directory}: quantised weights: {few(wrong)}; EchoAtt needs a dense checkpoint"
+        )
+
+
+def _refuse_non_finite(directory: Path, model: PreTrainedModel, own_dtype: torch.dtype) -> None:
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        # The extremes take no memory, a mask would; NaN comes through as both
+        low, high = torch.aminmax(tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            cast = f" as {str(tensor.dtype)[6:]}" if tensor.dtype != own_dtype else ""
+            advice = "try another dtype" if cast else "the checkpoint is damaged or was diverging"
+            raise CheckpointError(
+                f"{directory}: {name} holds NaN or infinite values{cast}; {advice}"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' log and progress bars, and restore both."""
+    with _QUIET_LOCK:
+        verbosity = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: object) -> str:
+    """The first 300 characters of a message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

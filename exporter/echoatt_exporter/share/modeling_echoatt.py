@@ -1,0 +1,449 @@
+"""A decoder whose follower layers reuse an earlier layer's attention probabilities.
+
+The student keeps the teacher's own module tree (any family in ``FAMILIES``), with the attention of
+each follower layer replaced by one that projects values only. Probabilities travel from a source
+layer to its followers in one object made for each forward call and handed down as a keyword
+argument, so that nothing is kept on a module: replicas, threads, recomputed layers and several
+models in one process cannot mix anything up.
+
+The method is EchoAtt's (arXiv 2409.14595). This file and ``configuration_echoatt.py`` import torch
+and transformers only, so that they can be saved beside a checkpoint and loaded without EchoAtt.
+
+Shapes in names: B batch, S new tokens, T tokens attended to, H query heads, N key/value heads,
+G = H / N query heads a group, D head size, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_echoatt import EchoAttConfig
+
+ATTENTION_NAME = "echoatt"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a Hugging Face family keeps what sharing touches.
+
+    Attributes:
+        layers: path of the list of decoder layers, below the model for causal LM.
+        attention: name of the attention module in a layer.
+        output: name of the output projection in the attention.
+        values: how the value projection is stored: ``separate`` as ``v_proj``; ``blocked`` as the
+            last rows of ``qkv_proj``; ``interleaved`` as every third block of ``query_key_value``,
+            head by head.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    output: str = "o_proj"
+    values: Literal["separate", "blocked", "interleaved"] = "separate"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "phi3": Family(values="blocked"),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers", attention="attention", output="dense", values="interleaved"
+    ),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "olmo2": Family(),
+    "granite": Family(),
+    "smollm3": Family(),
+}
+
+
+class SharedAttention(Protocol):
+    """One forward call's attention: computes a source's probabilities and lends them on."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query_BHSD: torch.Tensor,
+        key_BNTD: torch.Tensor,
+        value_BNTD: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attention output [B, S, H, D] of the source layer ``module.layer_idx``."""
+
+    def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
+        """Attention output [B, S, H, D] of the follower layer ``module.layer_idx``."""
+
+
+@dataclass
+class MaterializedAttention:
+    """Shared attention that keeps each needed source's probabilities, as the paper does.
+
+    Attributes:
+        sources: the sharing plan.
+        probabilities: by source layer, [B, N, G·S, T], before dropout; only of sources that some
+            follower names.
+    """
+
+    sources: Sequence[int]
+    probabilities: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lending = {s for layer, s in enumerate(self.sources) if layer != s}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query_BHSD: torch.Tensor,
+        key_BNTD: torch.Tensor,
+        value_BNTD: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """See :meth:`SharedAttention.attend`; softmax is computed in float32."""
+        B, H, S, D = query_BHSD.shape
+        N, T = key_BNTD.shape[1], key_BNTD.shape[2]
+        # Query heads of one group lie side by side, so that grouping them is a view and the keys
+        # and values need no repetition.
+        query = query_BHSD.reshape(B, N, H // N * S, D)
+        scores = torch.matmul(query, key_BNTD.transpose(2, 3)) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.reshape(B, H, S, T)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_BHSD.dtype)
+        probabilities = probabilities.reshape(B, N, H // N * S, T)
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if layer in self._lending:
+            self.probabilities[layer] = probabilities
+        return _context(probabilities, value_BNTD, S, dropout)
+
+    def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
+        """See :meth:`SharedAttention.follow`."""
+        probabilities = self.probabilities[self.sources[module.layer_idx]]
+        queries = probabilities.shape[1] * probabilities.shape[2]
+        dropout = module.attention_dropout if module.training else 0.0
+        return _context(probabilities, value_BNTD, queries // module.num_heads, dropout)
+
+
+def _context(
+    probabilities: torch.Tensor, value_BNTD: torch.Tensor, S: int, dropout: float
+) -> torch.Tensor:
+    """Probabilities [B, N, G·S, T] times values, as [B, S, H, D]."""
+    if dropout:
+        probabilities = nn.functional.dropout(probabilities, p=dropout)
+    context = torch.matmul(probabilities, value_BNTD)
+    B, _, _, D = context.shape
+    return context.reshape(B, -1, S, D).transpose(1, 2)
+
+
+def _attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    shared_attention: SharedAttention,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function that transformers calls for every source layer of a student."""
+    output = shared_attention.attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return output, None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_function)
+AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
+
+
+class FollowerAttention(nn.Module):
+    """The attention of a follower layer: values and output projection, no queries, no keys."""
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_heads: int,
+        head_dim: int,
+        v_proj: nn.Linear,
+        o_proj: nn.Linear,
+        attention_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.attention_dropout = attention_dropout
+        self.v_proj = v_proj
+        self.o_proj = o_proj
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        shared_attention: SharedAttention,
+        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        **_unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend with the source's probabilities.
+
+        Args:
+            hidden_states: [B, S, E].
+            shared_attention: this forward call's probabilities.
+            past_key_values: the cache; its layer for this module holds values only.
+            layer_past: the same under the name that GPT-NeoX uses.
+
+        Returns:
+            The output [B, S, E], and None in the place of attention weights.
+        """
+        B, S, _ = hidden_states.shape
+        value = self.v_proj(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            no_key = value.new_empty((*value.shape[:-1], 0))
+            _, value = cache.update(no_key, value, self.layer_idx)
+        context = shared_attention.follow(self, value)
+        return self.o_proj(context.reshape(B, S, -1)), None
+
+    @classmethod
+    def replacing(cls, attention: Any, config: PreTrainedConfig) -> FollowerAttention:
+        """The follower that keeps the values and the output projection of ``attention``.
+
+        Args:
+            attention: a family's own attention module.
+            config: the teacher's configuration.
+        """
+        head_dim = getattr(attention, "head_dim", None) or attention.head_size
+        output: nn.Linear = getattr(attention, FAMILIES[config.model_type].output)
+        return cls(
+            layer_idx=attention.layer_idx,
+            num_heads=output.in_features // head_dim,
+            head_dim=head_dim,
+            v_proj=value_projection(attention, config),
+            o_proj=output,
+            attention_dropout=float(attention.attention_dropout),
+        )
+
+
+def value_projection(attention: Any, config: PreTrainedConfig) -> nn.Linear:
+    """The value projection [N·D, E] of a family's attention, cut out where it is fused.
+
+    Args:
+        attention: a family's own attention module.
+        config: the teacher's configuration.
+    """
+    layout = FAMILIES[config.model_type].values
+    if layout == "separate":
+        separate: nn.Linear = attention.v_proj
+        return separate
+    if layout == "blocked":
+        fused = attention.qkv_proj
+        rows = slice(-config.num_key_value_heads * attention.head_dim, None)
+        weight, bias = fused.weight[rows], None if fused.bias is None else fused.bias[rows]
+    else:
+        fused = attention.query_key_value
+        heads = config.num_attention_heads
+        weight = fused.weight.view(heads, 3, -1, fused.in_features)[:, 2].flatten(0, 1)
+        bias = None if fused.bias is None else fused.bias.view(heads, 3, -1)[:, 2].flatten()
+    projection = nn.Linear(
+        fused.in_features, weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype
+    )
+    # Copies: a view would keep the whole fused matrix alive
+    projection.weight = nn.Parameter(weight.detach().clone(), fused.weight.requires_grad)
+    if bias is not None:
+        projection.bias = nn.Parameter(bias.detach().clone(), fused.weight.requires_grad)
+    return projection
+
+
+def drop_queries_and_keys(decoder: PreTrainedModel, sources: Sequence[int]) -> None:
+    """Turn the follower layers of ``decoder`` into value-only ones, in place."""
+    family = FAMILIES[decoder.config.model_type]
+    layers = cast(nn.ModuleList, decoder.get_submodule(family.layers))
+    for index, layer in enumerate(layers):
+        if sources[index] != index:
+            attention = getattr(layer, family.attention)
+            follower = FollowerAttention.replacing(attention, decoder.config)
+            setattr(layer, family.attention, follower.train(attention.training))
+
+
+class _ValueOnlyLayer(DynamicLayer):
+    """A follower's cache: values; its keys are tensors of head size 0."""
+
+    def get_seq_length(self) -> int:
+        """Tokens held; the parent class would count the keys' elements."""
+        return 0 if self.values is None or self.values.dim() < 4 else int(self.values.shape[-2])
+
+
+class _ValueOnlySlidingLayer(DynamicSlidingWindowLayer):
+    """A follower's cache in a sliding window layer; it counts tokens, whatever the keys' size."""
+
+
+def keep_no_follower_keys(cache: Cache, sources: Sequence[int]) -> None:
+    """Make ``cache`` hold values only in follower layers, in place.
+
+    Raises:
+        ValueError: a cache of another kind than dynamic, or one that another model filled.
+    """
+    layers = cache.layers
+    while len(layers) < len(sources):  # a cache made without a configuration grows as it goes
+        layers.append(DynamicLayer())
+    for index, source in enumerate(sources):
+        layer: Any = layers[index]
+        if index == source or isinstance(layer, _ValueOnlyLayer | _ValueOnlySlidingLayer):
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"layer {index} of the cache is a {type(layer).__name__}; an EchoAtt student runs"
+                " with a DynamicCache (cache_implementation='dynamic')"
+            )
+        if layer.is_initialized:
+            raise ValueError(
+                f"layer {index} of the cache holds another model's keys; pass a new DynamicCache"
+            )
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layers[index] = _ValueOnlySlidingLayer(sliding_window=layer.sliding_window)
+        else:
+            layers[index] = _ValueOnlyLayer()  # type: ignore[no-untyped-call]
+
+
+class EchoAttForCausalLM(PreTrainedModel, GenerationMixin):
+    """A student: the teacher's decoder with a sharing plan applied.
+
+    Attributes:
+        decoder: the teacher's own model for causal LM, followers without query and key projections.
+    """
+
+    config_class = EchoAttConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    config: EchoAttConfig
+
+    def __init__(self, config: EchoAttConfig) -> None:
+        super().__init__(config)
+        text_config = config.get_text_config()
+        if text_config.model_type not in FAMILIES:
+            raise ValueError(
+                f"teacher type {text_config.model_type!r} is not supported; EchoAtt knows"
+                f" {', '.join(sorted(FAMILIES))}"
+            )
+        self.decoder = AutoModelForCausalLM.from_config(
+            text_config, attn_implementation=ATTENTION_NAME
+        )
+        drop_queries_and_keys(self.decoder, self.sources)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @property
+    def sources(self) -> list[int]:
+        """The sharing plan."""
+        assert self.config.sources is not None  # noqa: S101 - the configuration fills it in
+        return self.config.sources
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, V] and the rest of what the teacher's class returns; same arguments.
+
+        Raises:
+            ValueError: a cache that is not dynamic.
+        """
+        # Caching in training mode under checkpointing is switched off by the layers themselves
+        if use_cache is None:
+            use_cache = self.decoder.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.decoder.config)
+        if past_key_values is not None:
+            keep_no_follower_keys(past_key_values, self.sources)
+        kwargs.setdefault("shared_attention", MaterializedAttention(self.sources))
+        return self.decoder(  # type: ignore[no-any-return]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers, but never reentrant.
+
+        Raises:
+            ValueError: ``use_reentrant=True``, which cuts the gradient from a follower to its
+                source's probabilities without a word.
+        """
+        chosen = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if chosen["use_reentrant"]:
+            raise ValueError(
+                "use_reentrant=True loses the followers' gradient to their source's attention"
+                " probabilities; use use_reentrant=False"
+            )
+        super().activation_checkpointing_enable(chosen, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embeddings."""
+        return self.decoder.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's token embeddings."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's LM head."""
+        return self.decoder.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the decoder's LM head."""
+        self.decoder.set_output_embeddings(new_embeddings)

@@ -1,0 +1,1 @@
+"""Student to ONNX graph, by the graph contract."""

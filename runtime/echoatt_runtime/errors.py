@@ -1,0 +1,75 @@
+"""The exceptions of EchoAtt, as one tree.
+
+EchoAttError
+├── BundleError                the bundle cannot be used
+│   ├── BundleNotFoundError    no file there
+│   ├── ForeignModelError      an ONNX file without an EchoAtt manifest
+│   ├── NewerFormatError       written by a newer EchoAtt
+│   └── DamagedBundleError     a manifest, graph or weight file that is incomplete or inconsistent
+├── OptionError                an option of loading is out of range
+├── DeviceError                an unknown device, or one whose provider did not load
+├── MissingDependencyError     an optional package is not installed
+├── PromptError                a prompt that cannot be run (empty, not text)
+│   ├── ContextOverflowError   prompt and new tokens do not fit the context
+│   └── ChatTemplateError      no chat template, or one that refuses the messages
+├── NumericalError             the model computed logits that are not numbers
+└── SamplingError              sampling parameters out of range
+
+Every message is one line: what is wrong, where, and what to do.
+"""
+
+
+class EchoAttError(Exception):
+    """Base of every error that EchoAtt raises on purpose."""
+
+
+class BundleError(EchoAttError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFoundError(BundleError):
+    """There is no model file at the given path."""
+
+
+class ForeignModelError(BundleError):
+    """The ONNX file carries no EchoAtt manifest."""
+
+
+class NewerFormatError(BundleError):
+    """The bundle's format is newer than this runtime."""
+
+
+class DamagedBundleError(BundleError):
+    """The manifest, the graph or the weight file is incomplete or inconsistent."""
+
+
+class OptionError(EchoAttError):
+    """An option of loading a model is out of range."""
+
+
+class DeviceError(EchoAttError):
+    """The device is unknown, or its execution provider did not load."""
+
+
+class MissingDependencyError(EchoAttError):
+    """An optional package is not installed."""
+
+
+class PromptError(EchoAttError):
+    """A prompt cannot be run."""
+
+
+class ContextOverflowError(PromptError):
+    """Prompt and new tokens do not fit the model's context."""
+
+
+class ChatTemplateError(PromptError):
+    """The checkpoint has no chat template, or its template refuses the messages."""
+
+
+class NumericalError(EchoAttError):
+    """The model computed logits that are NaN or infinite."""
+
+
+class SamplingError(EchoAttError):
+    """Sampling parameters are out of range."""

@@ -1,0 +1,171 @@
+"""The key/value cache: buffers that the graph updates in place, and that grow in buckets.
+
+Every cache is one ONNX Runtime value, bound to the graph's input and to its output, so that
+TensorScatter writes the new tokens where they stay and a step copies nothing.
+
+Shapes: B batch, N key/value heads, T capacity in tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from echoatt_runtime.devices import import_onnxruntime
+from echoatt_runtime.errors import ContextOverflowError
+from echoatt_runtime.manifest import Manifest
+
+BUCKET: Final = 256
+_LARGEST_STEP_FRACTION: Final = 16
+
+# ONNX element type numbers, and the numpy type that holds such an element on the host: numpy has
+# no bfloat16, and here its bits are only moved.
+_ONNX_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
+_HOST_TYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+HostArray = npt.NDArray[Any]
+
+
+def bucket_capacity(tokens: int, context_length: int) -> int:
+    """The capacity to allocate for `tokens` tokens.
+
+    Steps are 256 tokens, because the graph reads a whole buffer at every step, and from 4,096
+    tokens a sixteenth, because growing copies a whole buffer.
+
+    Raises:
+        ContextOverflowError: More tokens than the context, rounded up to a bucket.
+    """
+    largest = _round_up(context_length, BUCKET)
+    if tokens > largest:
+        raise ContextOverflowError(
+            f"a cache of {tokens} tokens does not fit the context of {context_length}; "
+            "shorten the prompt"
+        )
+    step = max(BUCKET, _round_up(tokens // _LARGEST_STEP_FRACTION, BUCKET))
+    return min(_round_up(tokens, step), largest)
+
+
+class HostBuffer:
+    """One cache in the host's memory; ONNX Runtime's value is the numpy array's own memory.
+
+    Attributes:
+        value: The `onnxruntime.OrtValue`.
+    """
+
+    def __init__(self, ort: Any, host_BNTD: HostArray, onnx_type: int) -> None:
+        self._host_BNTD = host_BNTD
+        self.value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(host_BNTD, onnx_type)
+
+    def to_host(self) -> HostArray:
+        """The live memory."""
+        return self._host_BNTD
+
+
+class DeviceBuffer:
+    """One cache in a device's memory.
+
+    Attributes:
+        value: The `onnxruntime.OrtValue`.
+    """
+
+    def __init__(self, ort: Any, host_BNTD: HostArray, onnx_type: int, device: str) -> None:
+        self._ort, self._onnx_type = ort, onnx_type
+        self._shape, self._host_type = host_BNTD.shape, host_BNTD.dtype
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(
+            host_BNTD.shape, onnx_type, device, 0
+        )
+        self.value.update_inplace(HostBuffer(ort, host_BNTD, onnx_type).value)
+
+    def to_host(self) -> HostArray:
+        """A copy of the memory."""
+        host_BNTD = np.empty(self._shape, self._host_type)
+        HostBuffer(self._ort, host_BNTD, self._onnx_type).value.update_inplace(self.value)
+        return host_BNTD
+
+
+class KVCache:
+    """The caches of a batch, in the order of `Manifest.cache_names`.
+
+    Attributes:
+        batch: Rows.
+        capacity: Tokens that each row has room for.
+        binding: ONNX Runtime's IO binding in which the caches are bound.
+    """
+
+    def __init__(
+        self, ort_session: Any, manifest: Manifest, device: str, batch: int, capacity: int
+    ) -> None:
+        self._manifest = manifest
+        self._device = device
+        self._ort = import_onnxruntime()
+        self.batch = batch
+        self.capacity = capacity
+        self.binding = ort_session.io_binding()
+        self._names = list(zip(manifest.past_names, manifest.present_names, strict=True))
+        self._buffers = [self._allocate(self._zeros()) for _ in self._names]
+        for index in range(len(self._names)):
+            self._bind(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers take."""
+        return self.batch * self.capacity * self._manifest.cache_bytes_per_token
+
+    def reserve(self, tokens: int, valid: int) -> None:
+        """Makes room for `tokens` tokens a row; does nothing where there is room.
+
+        Args:
+            tokens: Tokens that a row must have room for.
+            valid: Tokens of the longest row, which are kept; what lies behind them is not.
+
+        Raises:
+            ContextOverflowError: More tokens than the context, rounded up to a bucket.
+        """
+        if tokens > self.capacity:
+            capacity = bucket_capacity(tokens, self._manifest.context_length)
+            self._rebuild(range(self.batch), capacity, valid)
+
+    def select(self, rows: Sequence[int], valid: int) -> None:
+        """Keeps only `rows`, in that order, with the first `valid` tokens of each."""
+        self._rebuild(rows, self.capacity, valid)
+
+    def to_host(self) -> list[HostArray]:
+        """The buffers, each [B, N, T, D]; bfloat16 as its bits in uint16.
+
+        On the CPU they are the live memory, on other devices copies.
+        """
+        return [buffer.to_host() for buffer in self._buffers]
+
+    def _rebuild(self, rows: Sequence[int], capacity: int, valid: int) -> None:
+        self.batch, self.capacity = len(rows), capacity
+        # One buffer after another, so that at most one of them exists twice.
+        for index, buffer in enumerate(self._buffers):
+            old_BNTD, new_BNTD = buffer.to_host(), self._zeros()
+            for new_row, old_row in enumerate(rows):
+                new_BNTD[new_row, :, :valid] = old_BNTD[old_row, :, :valid]
+            self._buffers[index] = self._allocate(new_BNTD)
+            self._bind(index)
+
+    def _zeros(self) -> HostArray:
+        # Attention multiplies the masked tail by zero probabilities, and zero times NaN is NaN.
+        manifest = self._manifest
+        shape = (self.batch, manifest.num_kv_heads, self.capacity, manifest.head_dim)
+        return np.zeros(shape, _HOST_TYPES[manifest.cache_element_type])
+
+    def _allocate(self, host_BNTD: HostArray) -> HostBuffer | DeviceBuffer:
+        onnx_type = _ONNX_TYPES[self._manifest.cache_element_type]
+        if self._device == "cpu":
+            return HostBuffer(self._ort, host_BNTD, onnx_type)
+        return DeviceBuffer(self._ort, host_BNTD, onnx_type, self._device)
+
+    def _bind(self, index: int) -> None:
+        past_name, present_name = self._names[index]
+        self.binding.bind_ortvalue_input(past_name, self._buffers[index].value)
+        self.binding.bind_ortvalue_output(present_name, self._buffers[index].value)
+
+
+def _round_up(tokens: int, step: int) -> int:
+    return -(-tokens // step) * step

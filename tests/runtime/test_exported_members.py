@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import echoatt_runtime
+from echoatt_runtime import EchoAttError
+
+EXPORTED = [
+    "BundleError",
+    "BundleNotFoundError",
+    "ChatTemplateError",
+    "ContextOverflowError",
+    "DamagedBundleError",
+    "DeviceError",
+    "EchoAttError",
+    "EchoModel",
+    "ForeignModelError",
+    "GenerationResult",
+    "Manifest",
+    "MissingDependencyError",
+    "NewerFormatError",
+    "NumericalError",
+    "OptionError",
+    "PromptError",
+    "SamplingError",
+    "SamplingParams",
+    "TextPiece",
+    "Timings",
+    "__version__",
+]
+
+
+def run_python(program, *arguments):
+    return subprocess.run(  # noqa: S603  this interpreter
+        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_exported_members():
+    assert echoatt_runtime.__all__ == EXPORTED
+    assert all(hasattr(echoatt_runtime, name) for name in EXPORTED)
+    assert echoatt_runtime.__version__ == version("echoatt")
+
+
+def test_every_error_is_exported_and_of_one_tree():
+    errors = {name for name in EXPORTED if name.endswith("Error")}
+    declared = {
+        name
+        for name, member in vars(echoatt_runtime.errors).items()
+        if isinstance(member, type) and issubclass(member, EchoAttError)
+    }
+    assert declared == errors
+
+
+def test_generating_needs_no_framework(bundle):
+    program = """
+import json, sys
+from echoatt_runtime import EchoModel, SamplingParams
+EchoModel.load(sys.argv[1]).generate("a", SamplingParams(max_new_tokens=2, temperature=1))
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    done = run_python(program, bundle)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert {"onnxruntime", "tokenizers", "numpy"} <= loaded
+    unwanted = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "echoatt_exporter"}
+    assert not loaded & unwanted
+
+
+def test_without_onnxruntime_the_import_works_and_loading_says_what_to_install(bundle):
+    program = """
+import sys
+sys.modules["onnxruntime"] = None  # What the import system does for a package it cannot find.
+import echoatt_runtime
+try:
+    echoatt_runtime.EchoModel.load(sys.argv[1])
+except echoatt_runtime.MissingDependencyError as error:
+    print(error)
+"""
+    done = run_python(program, bundle)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "pip install 'echoatt[cpu]'" in done.stdout
+    assert "'echoatt[gpu]'" in done.stdout
+
+
+def test_importing_does_not_load_onnxruntime():
+    done = run_python("import sys, echoatt_runtime; print('onnxruntime' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr

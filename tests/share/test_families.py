@@ -1,0 +1,175 @@
+"""Every family as a student: the numbers, the parameters that are gone, the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from echoatt_exporter import EchoAttForCausalLM, SharingPlan
+from echoatt_exporter.share.modeling_echoatt import FAMILIES, MaterializedAttention
+from tests.tiny_models import TINY_MODELS, every_family
+
+Models = Callable[..., Any]
+Check = Callable[[torch.Tensor, torch.Tensor], None]
+
+QUERY_KEY_NAMES = {"q_proj", "k_proj", "q_norm", "k_norm", "qkv_proj", "query_key_value"}
+
+
+def test_every_supported_family_has_a_tiny_model_and_a_large_enough_plan() -> None:
+    assert {tiny.family for tiny in TINY_MODELS.values()} == set(FAMILIES)
+    assert all(SharingPlan(tiny.sources).ratio >= 0.4 for tiny in TINY_MODELS.values())
+
+
+@every_family
+@torch.no_grad()
+def test_unshared_student_equals_eager_teacher(
+    family: str, tiny_model: Models, student_of: Models, tokens: torch.Tensor, assert_close: Check
+) -> None:
+    teacher: PreTrainedModel = tiny_model(family)
+    teacher.set_attn_implementation("eager")
+    student = student_of(family, SharingPlan.unshared(6))
+    assert_close(student(tokens).logits, teacher(tokens).logits)
+
+
+@every_family
+@torch.no_grad()
+def test_student_equals_teacher_shared_by_hand(
+    family: str,
+    tiny_model: Models,
+    student_of: Models,
+    reference_of: Models,
+    tokens: torch.Tensor,
+    assert_close: Check,
+) -> None:
+    student = student_of(family)
+    expected = reference_of(family)(tokens).logits
+    assert_close(student(tokens, use_cache=False).logits, expected)
+    # Sharing must matter far more than the tolerance, or the line above says nothing
+    assert (expected - tiny_model(family)(tokens).logits).abs().max() > 0.1
+
+
+@every_family
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("chunks", "given"),
+    [([17], False), ([1] * 17, False), ([7, 1, 1, 6, 2], True)],
+    ids=["all", "ones", "mixed-in-a-given-cache"],
+)
+def test_cached_chunks_equal_one_pass(
+    family: str,
+    chunks: list[int],
+    given: bool,
+    student_of: Models,
+    tokens: torch.Tensor,
+    assert_close: Check,
+) -> None:
+    student: EchoAttForCausalLM = student_of(family)
+    cache = DynamicCache() if given else None  # the first grows layer by layer, sliding or not
+    parts = []
+    for chunk in tokens.split(chunks, dim=1):
+        output = student(chunk, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    assert cache is not None
+    assert cache.get_seq_length() == 17
+    assert_close(torch.cat(parts, dim=1), student(tokens, use_cache=False).logits)
+
+
+@every_family
+@torch.no_grad()
+def test_cache_holds_no_keys_for_followers(
+    family: str, student_of: Models, tokens: torch.Tensor
+) -> None:
+    student: EchoAttForCausalLM = student_of(family)
+    cache = student(tokens).past_key_values
+    pairs = zip(cache.layers, student.sources, strict=True)
+    for index, (layer, source) in enumerate(pairs):
+        assert layer.values.numel() > 0
+        assert (layer.keys.numel() == 0) == (index != source), f"layer {index}"
+
+
+def _removed_by_each_follower(config: Any, family: str) -> int:
+    """Elements of a layer's query and key projections, their biases and norms, by formula."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    size = getattr(config, "head_dim", None) or hidden // heads
+    rows = (heads + kv_heads) * size
+    biased = family == "qwen2" or getattr(config, "attention_bias", False)
+    norms = {"qwen3": 2 * size, "gemma3_text": 2 * size, "olmo2": rows}.get(family, 0)
+    return int(rows * hidden + biased * rows + norms)
+
+
+@every_family
+def test_followers_lose_exactly_queries_and_keys(
+    family: str, tiny_model: Models, student_of: Models
+) -> None:
+    teacher, student = tiny_model(family), student_of(family)
+    plan = SharingPlan(tuple(student.sources))
+    per_follower = _removed_by_each_follower(teacher.config, teacher.config.model_type)
+    expected = teacher.num_parameters() - len(plan.followers) * per_follower
+    assert student.num_parameters() == expected
+    for name, _ in student.named_parameters():
+        if any(f".layers.{follower}." in name for follower in plan.followers):
+            assert not QUERY_KEY_NAMES & set(name.split(".")), name
+
+
+@every_family
+def test_gradients_equal_those_of_the_teacher_shared_by_hand(
+    family: str, student_of: Models, reference_of: Models, tokens: torch.Tensor
+) -> None:
+    student, reference = student_of(family).train(), reference_of(family).train()
+    losses = [model(tokens, labels=tokens).loss for model in (student, reference)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+    expected = dict(reference.named_parameters())
+    compared = 0
+    for name, parameter in student.named_parameters():
+        teachers_name = name.removeprefix("decoder.")
+        assert parameter.grad is not None, name
+        if teachers_name in expected:  # all but values cut out of a fused projection
+            other = expected[teachers_name].grad
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-3, atol=1e-5)
+            compared += 1
+    assert compared >= len(expected) - 9 * 3  # three followers have lost nine tensors at most
+
+
+@every_family
+def test_gradient_reaches_the_source_through_followers(
+    family: str, student_of: Models, tokens: torch.Tensor
+) -> None:
+    """What a source's queries learn changes when its followers' share of it is cut off."""
+    student: EchoAttForCausalLM = student_of(family).train()
+    source = SharingPlan(tuple(student.sources)).shared_sources[0]
+    layers: Any = student.decoder.get_submodule(FAMILIES[student.decoder.config.model_type].layers)
+    attention = getattr(layers[source], FAMILIES[student.decoder.config.model_type].attention)
+    queries = next(getattr(attention, n) for n in QUERY_KEY_NAMES if hasattr(attention, n)).weight
+
+    def gradient(**kwargs: Any) -> torch.Tensor:
+        student.zero_grad()
+        student(tokens, labels=tokens, use_cache=False, **kwargs).loss.backward()
+        return queries.grad.clone()
+
+    class Cut(MaterializedAttention):
+        def follow(self, module: Any, value_BNTD: torch.Tensor) -> torch.Tensor:
+            self.probabilities = {s: p.detach() for s, p in self.probabilities.items()}
+            return super().follow(module, value_BNTD)
+
+    whole, cut = gradient(), gradient(shared_attention=Cut(student.sources))
+    assert (whole - cut).abs().max() > 1e-3 * whole.abs().max()
+
+
+@every_family
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_and_stays_near(
+    family: str, dtype: torch.dtype, student_of: Models, tokens: torch.Tensor
+) -> None:
+    expected = student_of(family)(tokens).logits
+    actual = student_of(family).to(dtype)(tokens).logits
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).abs().mean() < 0.1 * expected.std()
