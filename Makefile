@@ -32,7 +32,8 @@ demo: $(STAMP)
 	@mkdir -p $(dir $(BUNDLE))
 	$(BIN)/echoatt-export $(CHECKPOINT) $(BUNDLE) --plan $(PLAN) --force
 	$(BIN)/echoatt parity $(CHECKPOINT) $(BUNDLE) --plan $(PLAN)
-	$(BIN)/echoatt generate $(BUNDLE) "It was a cold morning of the early spring, and"
+	$(BIN)/echoatt generate $(BUNDLE) '"My dear Watson," said Holmes,' \
+		--temperature 0.6 --top-p 0.9 --seed 1 --max-new-tokens 100
 
 test: lint
 	$(BIN)/pytest -n 2 $(ARGS)

@@ -19,10 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 if TYPE_CHECKING:
+    from tests.oracle_llama import LlamaOracle
     from transformers import PreTrainedModel
 
     from echoatt_exporter.plan import SharingPlan
-    from tests.oracle_llama import LlamaOracle
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -47,7 +47,7 @@ class LlamaOracle:
 
     @classmethod
     def from_directory(cls, path: Path, sources: Sequence[int] | None = None) -> LlamaOracle:
-        """The oracle of a Llama checkpoint, or of an EchoAtt student's, with a plan of one's own."""
+        """The oracle of a Llama checkpoint or of its student; ``sources`` overrides the plan."""
         config = json.loads((path / "config.json").read_text())
         tensors = read_safetensors(path / "model.safetensors")
         tensors = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items()}
@@ -113,7 +113,7 @@ class LlamaOracle:
 
     def _norm(self, states: Array, name: str) -> Array:
         power = (states**2).mean(axis=-1, keepdims=True)
-        scaled = states / np.sqrt(power + self.config["rms_norm_eps"])
+        scaled: Array = states / np.sqrt(power + self.config["rms_norm_eps"])
         return scaled * self.tensors[f"{name}.weight"]
 
 

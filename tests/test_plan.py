@@ -16,7 +16,14 @@ def test_roles_and_ratio() -> None:
     assert plan.followers == (2, 3, 5)
     assert plan.shared_sources == (1, 4)
     assert plan.ratio == 0.5
-    assert [plan.is_follower(layer) for layer in range(6)] == [False, False, True, True, False, True]
+    assert [plan.is_follower(layer) for layer in range(6)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_unshared() -> None:
@@ -108,9 +115,7 @@ def test_bad_pairs_are_all_named_at_once() -> None:
         assert fault in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "sources", [(0,), (0, 0), (0, 1, 1, 1, 4, 4), (0, 1, 0, 1, 0, 1)], ids=str
-)
+@pytest.mark.parametrize("sources", [(0,), (0, 0), (0, 1, 1, 1, 4, 4), (0, 1, 0, 1, 0, 1)], ids=str)
 def test_good_plans_have_no_faults(sources: tuple[int, ...]) -> None:
     plan = SharingPlan(sources)
     kinds = ["full", "sliding"] * 3 if sources == (0, 1, 0, 1, 0, 1) else ["full"] * len(sources)

@@ -150,7 +150,8 @@ def build_tiny_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel
                 parameter.add_(noise, alpha=0.3)
             else:
                 parameter.copy_(noise * 0.25)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tiny_plan(name: str) -> SharingPlan:

@@ -56,17 +56,11 @@ class Detokenizer:
         return piece
 
     def _end_of_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt, enough of them to have text and no broken byte."""
-        size = _PROMPT_WINDOW
-        while True:
-            start = max(len(prompt_ids) - size, 0)
-            while start and self._may_be_inside_byte_run(prompt_ids[start]):
-                start -= 1
-            window = list(prompt_ids[start:])
-            text = self._tokenizer.decode(window)
-            if start == 0 or (text and not text.startswith(_REPLACEMENT)):
-                return window
-            size *= 2
+        """The last tokens of the prompt, from one that has text and is no byte of a row of them."""
+        start = max(len(prompt_ids) - _PROMPT_WINDOW, 0)
+        while start and self._may_be_inside_byte_run(prompt_ids[start]):
+            start -= 1
+        return list(prompt_ids[start:])
 
     def _may_be_inside_byte_run(self, token_id: int) -> bool:
         tokenizer = self._tokenizer

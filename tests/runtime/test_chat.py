@@ -32,7 +32,8 @@ TEMPLATES = {
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n"
     "{% endfor %}",
     "none": "{{ tools is none }}{{ documents is none }}{{ undefined_name }}",
-    "indented": "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}",
+    "indented": "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n"
+    "{% endfor %}",
     "date": "{{ strftime_now('%Y') | length }}",
 }
 

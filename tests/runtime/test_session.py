@@ -19,7 +19,7 @@ from echoatt_runtime import (
 )
 from echoatt_runtime._onnx_metadata import read_metadata
 from echoatt_runtime.manifest import METADATA_KEY
-from echoatt_runtime.session import open_session
+from echoatt_runtime.session import open_session, read_manifest
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 40)
 
@@ -112,7 +112,9 @@ def test_fp16_runs_on_the_cpu(make_bundle, make_manifest, decoder):
 
 
 def test_the_file_itself_may_be_named(bundle):
-    assert open_session(bundle / "model.onnx").manifest == open_session(str(bundle)).manifest
+    manifest = open_session(bundle / "model.onnx").manifest
+    assert open_session(str(bundle)).manifest == manifest
+    assert read_manifest(bundle) == read_manifest(bundle / "model.onnx") == manifest
 
 
 def test_loading_and_running_is_silent(bundle):

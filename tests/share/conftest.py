@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.share.reference import share_by_hand
+from tests.tiny_models import VOCAB_SIZE
 from transformers import PreTrainedModel
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan, share_attention
-from tests.share.reference import share_by_hand
-from tests.tiny_models import VOCAB_SIZE
 
 # Between two ways to add up the same float32 numbers; tiny models' logits are of size 1 to 4.
 TOLERANCE = 2e-5

@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from tests.tiny_models import VOCAB_SIZE, build_tiny_model, tiny_plan
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from echoatt_exporter import EchoAttForCausalLM, share_attention
-from tests.tiny_models import VOCAB_SIZE, build_tiny_model, tiny_plan
 
 
 def model() -> EchoAttForCausalLM:

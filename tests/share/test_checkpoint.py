@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import struct
 from collections.abc import Callable
@@ -72,8 +73,11 @@ def _shard(directory: Path) -> None:
     """Store the weights as two shards with an index."""
     tensors = load_file(directory / WEIGHTS)
     (directory / WEIGHTS).unlink()
-    names = {1: [k for k in tensors if "layers.5" not in k], 2: [k for k in tensors if "layers.5" in k]}
-    weight_map = {}
+    names = {
+        1: [k for k in tensors if "layers.5" not in k],
+        2: [k for k in tensors if "layers.5" in k],
+    }
+    weight_map: dict[str, str] = {}
     for number, held in names.items():
         file = f"model-{number:05}-of-00002.safetensors"
         save_file({k: tensors[k] for k in held}, directory / file, metadata={"format": "pt"})
@@ -147,9 +151,7 @@ def test_tied_head_may_be_absent_and_known_leftovers_present(
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     tiny_model("gpt_neox").save_pretrained(tmp_path / "neox")
     mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
-    _edit_tensors(
-        tmp_path / "neox", lambda t: t.update({"gpt_neox.layers.0.attention.bias": mask})
-    )
+    _edit_tensors(tmp_path / "neox", lambda t: t.update({"gpt_neox.layers.0.attention.bias": mask}))
     load_student(tmp_path / "neox", None)
 
 
@@ -165,16 +167,19 @@ def test_code_beside_a_known_model_type_is_not_run(
 def test_loading_is_silent_and_restores_the_settings(
     teacher_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.INFO)
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity(logging.INFO)
     transformers_logging.enable_progress_bar()
     try:
         load_student(teacher_dir, None)
+        _edit_tensors(teacher_dir, lambda t: t.pop(QUERIES))
         with pytest.raises(CheckpointError):
-            _edit_tensors(teacher_dir, lambda t: t.pop(QUERIES))
             load_student(teacher_dir, None)
         assert capfd.readouterr() == ("", "")
-        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+        assert transformers_logging.get_verbosity() == logging.INFO
         assert transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         with pytest.raises(CheckpointError):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import TINY_MODELS, every_family
 from transformers import DynamicCache, PreTrainedModel
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, MaterializedAttention
-from tests.tiny_models import TINY_MODELS, every_family
 
 Models = Callable[..., Any]
 Check = Callable[[torch.Tensor, torch.Tensor], None]
@@ -70,7 +70,7 @@ def test_cached_chunks_equal_one_pass(
     student: EchoAttForCausalLM = student_of(family)
     cache = DynamicCache() if given else None  # the first grows layer by layer, sliding or not
     parts = []
-    for chunk in tokens.split(chunks, dim=1):
+    for chunk in torch.split(tokens, chunks, dim=1):
         output = student(chunk, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         parts.append(output.logits)
@@ -152,7 +152,8 @@ def test_gradient_reaches_the_source_through_followers(
     def gradient(**kwargs: Any) -> torch.Tensor:
         student.zero_grad()
         student(tokens, labels=tokens, use_cache=False, **kwargs).loss.backward()
-        return queries.grad.clone()
+        result: torch.Tensor = queries.grad.clone()
+        return result
 
     class Cut(MaterializedAttention):
         def follow(self, module: Any, value_BNTD: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import every_family
 from transformers import DynamicCache, StaticCache
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan
-from tests.tiny_models import every_family
 
 Models = Callable[..., Any]
 
@@ -55,9 +55,7 @@ def test_left_padded_rows_equal_rows_alone(
     assert together == _generate(student, tokens[:1]) + _generate(student, tokens[1:, 6:])
 
 
-def test_a_conversation_goes_on_in_the_same_cache(
-    student_of: Models, tokens: torch.Tensor
-) -> None:
+def test_a_conversation_goes_on_in_the_same_cache(student_of: Models, tokens: torch.Tensor) -> None:
     student = student_of("gemma2")
     cache = DynamicCache(config=student.decoder.config)
     first = student.generate(tokens, past_key_values=cache, **GREEDY)

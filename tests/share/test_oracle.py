@@ -46,7 +46,7 @@ def test_tiny_student_equals_oracle(
 def test_trained_student_equals_oracle(
     sources: tuple[int, ...], stories260k: Path, oracle: Any
 ) -> None:
-    student = load_student(stories260k, SharingPlan(sources))
+    student: Any = load_student(stories260k, SharingPlan(sources))
     judge = oracle.from_directory(stories260k, sources)
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
     for prompt in PROMPTS:

@@ -76,13 +76,13 @@ class Script:
     Attributes:
         texts: what PyTorch runs.
         cases: what the bundle runs.
-        exact: indices of the cases that are repeated with the quantised weights' own values, for
-            bundles that have such.
+        rounded: the case that a bundle with quantised weights repeats with PyTorch computing from
+            the same rounded weights.
     """
 
     texts: tuple[TextRequest, ...]
     cases: tuple[Case, ...]
-    exact: tuple[int, ...]
+    rounded: Case
 
 
 def write_script(
@@ -133,19 +133,20 @@ def write_script(
     rows = tuple(add(tokens(length + _RAGGED_DECODE)) for length in lengths)
     rest = [length - done for length, done in zip(lengths, half, strict=True)]
     steps = (tuple(half), tuple(rest), *((1,) * len(rows),) * _RAGGED_DECODE)
-    cases.append(Case("ragged batch", rows, steps))
-    exact = [len(cases) - 1]
+    # In itself a prefill, a second chunk, decoding and a batch: enough for the repetition, for which
+    # PyTorch has to round every weight anew
+    ragged = Case("ragged batch", rows, steps)
+    cases.append(ragged)
 
     if limit > prefill:
         long = add(tokens(limit), positions=_long_positions(limit, manifest.sliding_window))
         chunk = _LONG_CHUNK if limit > _LONG_CHUNK else limit // 3 + 1
         cases.append(Case(f"context of {limit} by {chunk}", (long,), _chunks(limit, chunk)))
-        exact.append(len(cases) - 1)
 
     if prompts:
         rows = tuple(add(prompt) for prompt in prompts)
         cases.append(Case("real prompts", rows, (tuple(len(prompt) for prompt in prompts),)))
-    return Script(tuple(texts), tuple(cases), tuple(exact))
+    return Script(tuple(texts), tuple(cases), ragged)
 
 
 def _chunks(count: int, size: int) -> tuple[tuple[int, ...], ...]:

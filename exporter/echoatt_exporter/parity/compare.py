@@ -15,7 +15,13 @@ from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.cases import Case
 from echoatt_exporter.parity.feeding import Texts, feed
 from echoatt_exporter.parity.reference import Floats, ReferenceRun
-from echoatt_exporter.parity.report import TOLERANCES, CaseReport, ParityReport, Tolerance
+from echoatt_exporter.parity.report import (
+    TOLERANCES,
+    CaseReport,
+    ParityReport,
+    Tolerance,
+    rounding_tolerance,
+)
 from echoatt_exporter.parity.twins import (
     choose_device,
     describe,
@@ -28,7 +34,7 @@ from echoatt_runtime.session import Session
 
 _Doubles = npt.NDArray[np.float64]
 
-_EXACT = ", rounded weights"
+_ROUNDED = ", rounded weights"
 
 # Everything that a comparison takes for granted; other fields may differ
 _SAME = (
@@ -56,17 +62,30 @@ def compare(reference: ReferenceRun, bundle_path: Path) -> ParityReport:
     manifest = read_manifest(bundle_path)
     _check_same(reference.manifest, manifest, bundle_path)
     device = choose_device(manifest, bundle_path)
-    tolerance = TOLERANCES["fp32" if needs_float32(manifest, device) else manifest.dtype]
+    tolerance = _tolerance(reference, manifest, device)
     session = open_bundle(bundle_path, manifest, device)
     plain = [_compare_case(session, case, reference.texts, tolerance) for case in reference.cases]
     del session
-    exact = _compare_exact(reference, bundle_path, manifest, device)
-    cases = (*plain, *exact)
+    rounded = _compare_rounded(reference, bundle_path, manifest, device)
+    cases = (*plain, *rounded)
     layer: int | None = None
     divergence = ""
     if not all(case.passed for case in cases):
-        layer, divergence = _locate(reference, plain, exact, bundle_path, manifest, device)
+        layer, divergence = _locate(reference, plain, rounded, bundle_path, manifest, device)
     return ParityReport(describe(manifest, device), manifest.dtype, cases, layer, divergence)
+
+
+def _tolerance(reference: ReferenceRun, manifest: Manifest, device: str) -> Tolerance:
+    if reference.rounded_case is None:
+        return TOLERANCES["fp32" if needs_float32(manifest, device) else manifest.dtype]
+    statistics = Statistics(_spread(reference.rounded_case, reference.texts))
+    for index in reference.rounded_case.texts:
+        true, rounded = reference.texts[index], reference.rounded_texts[index]
+        for position, expected_V, found_V in zip(
+            true.positions, true.logits, rounded.logits, strict=True
+        ):
+            statistics.add(int(position), expected_V, found_V)
+    return rounding_tolerance(manifest.dtype, statistics.rms_error)
 
 
 def _check_same(expected: Manifest, found: Manifest, path: Path) -> None:
@@ -82,23 +101,22 @@ def _check_same(expected: Manifest, found: Manifest, path: Path) -> None:
         )
 
 
-def _compare_exact(
+def _compare_rounded(
     reference: ReferenceRun, path: Path, manifest: Manifest, device: str
 ) -> list[CaseReport]:
-    """The cases with rounded weights on both sides, where the only difference is the graph's."""
-    if not reference.exact_cases:
+    """A case with rounded weights on both sides, where the only difference is the graph's."""
+    case = reference.rounded_case
+    if case is None:
         return []
     session = open_bundle(path, manifest, device, exact=True)
-    return [
-        _compare_case(session, case, reference.exact_texts, TOLERANCES["fp32"], _EXACT)
-        for case in reference.exact_cases
-    ]
+    tolerance = TOLERANCES["fp32"]
+    return [_compare_case(session, case, reference.rounded_texts, tolerance, _ROUNDED)]
 
 
 def _compare_case(
     session: Session, case: Case, texts: Texts, tolerance: Tolerance, remark: str = ""
 ) -> CaseReport:
-    statistics = _Statistics(_spread(case, texts))
+    statistics = Statistics(_spread(case, texts))
     for row in feed(session, case, texts):
         text = texts[row.text]
         statistics.add(int(text.positions[row.kept]), text.logits[row.kept], row.logits)
@@ -112,8 +130,8 @@ def _spread(case: Case, texts: Texts) -> float:
     return math.sqrt(variances.mean(dtype=np.float64)) or 1.0
 
 
-class _Statistics:
-    """Collects a case's differences, row by row, so that no two sets of logits are kept."""
+class Statistics:
+    """Collects a case's differences, row by row, so that no second set of logits is kept."""
 
     def __init__(self, spread: float) -> None:
         self._spread = spread
@@ -123,10 +141,17 @@ class _Statistics:
         self._first: int | None = None
 
     def add(self, position: int, expected_V: Floats, found_V: Floats) -> None:
+        """Take one position's logits.
+
+        Args:
+            position: in its text.
+            expected_V: PyTorch's, all finite.
+            found_V: the bundle's.
+        """
         self._rows += 1
-        self._nans += int(np.count_nonzero(~np.isfinite(found_V)))
-        if self._nans:
-            # Nothing but their number can be said of rows that hold no numbers
+        if nans := int(np.count_nonzero(~np.isfinite(found_V))):
+            # Nothing but their count can be said of logits that are not numbers
+            self._nans += nans
             self._diverges_at(position)
             return
         expected, found = expected_V.astype(np.float64), found_V.astype(np.float64)
@@ -143,16 +168,20 @@ class _Statistics:
     def _diverges_at(self, position: int) -> None:
         self._first = position if self._first is None else min(position, self._first)
 
+    @property
+    def rms_error(self) -> float:
+        """Root mean square of all differences, in units of the spread."""
+        return math.sqrt(self._square_sum / self._rows) / self._spread
+
     def report(self, name: str, tolerance: Tolerance) -> CaseReport:
+        """What was found in all positions so far."""
         known = not self._nans
         return CaseReport(
             name=name,
             rows=self._rows,
             max_abs_error=self._max_abs if known else math.inf,
             max_error=self._max_abs / self._spread if known else math.inf,
-            rms_error=math.sqrt(self._square_sum / self._rows) / self._spread
-            if known
-            else math.inf,
+            rms_error=self.rms_error if known else math.inf,
             mean_kl=float(np.mean(self._kls)) if known else math.inf,
             max_kl=max(self._kls) if known else math.inf,
             top1_agreement=self._agreeing / self._rows,
@@ -171,23 +200,22 @@ def _log_softmax(logits_V: _Doubles) -> _Doubles:
 def _locate(
     reference: ReferenceRun,
     plain: list[CaseReport],
-    exact: list[CaseReport],
+    rounded: list[CaseReport],
     path: Path,
     manifest: Manifest,
     device: str,
 ) -> tuple[int | None, str]:
     """Find the first layer whose attention output differs, in the case that failed worst."""
-    if exact and all(report.passed for report in exact):
-        return None, "the graph computes what its rounded weights say, so it is their rounding"
-    if exact:
+    reports, cases = plain, reference.cases
+    texts: Texts = reference.texts
+    if reference.rounded_case is not None:
+        if all(report.passed for report in rounded):
+            return None, "the graph computes what its rounded weights say, so it is their rounding"
         # The plain cases of rounded weights differ in every layer, and rightly so
-        reports, cases = exact, reference.exact_cases
-        texts: Texts = reference.exact_texts
-    else:
-        reports, cases, texts = plain, reference.cases, reference.texts
+        reports, cases, texts = rounded, (reference.rounded_case,), reference.rounded_texts
     worst = max(range(len(reports)), key=lambda index: reports[index].severity)
     limit = reports[worst].tolerance.max_error
-    session = open_bundle(path, manifest, device, exact=bool(exact), contexts=True)
+    session = open_bundle(path, manifest, device, exact=bool(rounded), contexts=True)
     largest = np.zeros(manifest.num_layers)
     for row in feed(session, cases[worst], texts, contexts=True):
         expected = texts[row.text].contexts[:, row.kept]

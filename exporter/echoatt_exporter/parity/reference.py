@@ -6,7 +6,7 @@ V vocabulary, p positions kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +61,15 @@ class ReferenceRun:
         manifest: of the bundle that it is for.
         cases: what the bundle shall run.
         texts: what PyTorch computed.
-        exact_cases: the cases that a bundle with quantised weights repeats; none for others.
-        exact_texts: by text, what PyTorch computed with weights rounded as the bundle's are.
+        rounded_case: the case that a bundle with quantised weights repeats; None for others.
+        rounded_texts: by text, what PyTorch computed from weights rounded as the bundle's are.
     """
 
     manifest: Manifest
     cases: tuple[Case, ...]
     texts: tuple[ReferenceText, ...]
-    exact_cases: tuple[Case, ...]
-    exact_texts: Mapping[int, ReferenceText]
+    rounded_case: Case | None
+    rounded_texts: Mapping[int, ReferenceText]
 
 
 def record_reference(
@@ -99,15 +99,14 @@ def record_reference(
     script = write_script(manifest, tokenizer_dir, max_context)
     with float32_arithmetic(student):
         texts = tuple(_run_text(student, manifest, request) for request in script.texts)
-    exact_cases: tuple[Case, ...] = ()
-    exact_texts: dict[int, ReferenceText] = {}
     bits = _BITS.get(manifest.dtype)
-    if bits is not None:
-        exact_cases = tuple(script.cases[index] for index in script.exact)
-        with quantised_weights(student, bits):
-            for index in sorted({text for case in exact_cases for text in case.texts}):
-                exact_texts[index] = _run_text(student, manifest, script.texts[index])
-    return ReferenceRun(manifest, script.cases, texts, exact_cases, exact_texts)
+    if bits is None:
+        return ReferenceRun(manifest, script.cases, texts, None, {})
+    rounded = script.rounded
+    with quantised_weights(student, bits):
+        found = _run_together(student, [script.texts[index] for index in rounded.texts])
+    rounded_texts = dict(zip(rounded.texts, found, strict=True))
+    return ReferenceRun(manifest, script.cases, texts, rounded, rounded_texts)
 
 
 @torch.inference_mode()
@@ -136,7 +135,7 @@ def _run_text(
         cache = output.past_key_values
         found = output.logits[0].float()
         logits.append(found[:-1])
-        contexts.append(torch.stack(recorded))
+        contexts.append(torch.stack(recorded)[:, 0])
         if stop == tokens.shape[1] < total:
             tokens = torch.cat([tokens, found[-1].argmax().view(1, 1)], dim=1)
         start = stop
@@ -154,15 +153,40 @@ def _run_text(
     return text
 
 
+@torch.inference_mode()
+def _run_together(
+    student: EchoAttForCausalLM, requests: Sequence[TextRequest]
+) -> list[ReferenceText]:
+    """Run a few short texts in one call, so that every weight is used only once.
+
+    They are padded on the right, which no token of a causal model can see.
+    """
+    tokens = torch.zeros((len(requests), max(len(r.tokens) for r in requests)), dtype=torch.int64)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.tokens)] = torch.from_numpy(request.tokens)
+    with _recorded_contexts(student, torch.arange(tokens.shape[1])) as recorded:
+        logits = student(input_ids=tokens, use_cache=False).logits.numpy()
+    contexts = torch.stack(recorded).numpy()
+    return [
+        ReferenceText(
+            request.tokens,
+            request.positions,
+            logits[row, request.positions].astype(np.float32),
+            contexts[:, row, request.positions],
+        )
+        for row, request in enumerate(requests)
+    ]
+
+
 @contextmanager
 def _recorded_contexts(
     student: EchoAttForCausalLM, kept: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect what each layer gives its output projection at the positions ``kept``: [p, H·D]."""
+    """Collect what each layer gives its output projection at the positions ``kept``: [B, p, H·D]."""
     recorded: list[torch.Tensor] = []
 
     def record(_module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
-        recorded.append(arguments[0][0, kept].float())
+        recorded.append(arguments[0][:, kept].float())
 
     hooks = [module.register_forward_pre_hook(record) for module in _output_projections(student)]
     try:

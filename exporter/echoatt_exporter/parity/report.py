@@ -36,12 +36,25 @@ TOLERANCES: Final = {
     tolerance.name: tolerance
     for tolerance in (
         Tolerance("fp32", max_error=2e-4, rms_error=4e-5),
-        Tolerance("fp16", max_error=5e-2, rms_error=1e-2),
-        Tolerance("bf16", max_error=4e-1, rms_error=8e-2),
-        Tolerance("int8", max_error=3e-1, rms_error=6e-2),
-        Tolerance("int4", max_error=2.5, rms_error=5e-1),
+        Tolerance("fp16", max_error=1e-1, rms_error=1e-2),
+        Tolerance("bf16", max_error=8e-1, rms_error=8e-2),
     )
 }
+
+# TODO
+_ROUNDING_FACTORS: Final = {"int8": 4.0, "int4": 2.0}
+_MAX_TO_RMS: Final = 12.0
+
+
+def rounding_tolerance(dtype: str, rms_error: float) -> Tolerance:
+    """The tolerance of a bundle with quantised weights.
+
+    Args:
+        dtype: ``int8`` or ``int4``.
+        rms_error: what rounding the weights alone does to PyTorch's logits, in units of the spread.
+    """
+    allowed = _ROUNDING_FACTORS[dtype] * rms_error
+    return Tolerance(dtype, max_error=_MAX_TO_RMS * allowed, rms_error=allowed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
-from echoatt_exporter.passes.name_weights import NameWeights
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.pipeline import export_pipeline
 from echoatt_exporter.passes.quantize_weights import QuantizeWeights
@@ -21,7 +20,6 @@ __all__ = [
     "FuseRotary",
     "FuseSkipRmsNorm",
     "GraphSize",
-    "NameWeights",
     "PackProjections",
     "PassReport",
     "PassStep",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,11 +24,11 @@ class NoMatch(Exception):  # noqa: N818 - it is an outcome, not an error
 class RewritePass(ir.passes.InPlacePass):
     """A pass that tries one rule at every node of some operator types.
 
-    Subclasses name the operators in `roots` and implement `rewrite`, which either changes the
-    graph or raises :class:`NoMatch` before it has changed anything.
+    Subclasses name the operators in `roots`, as (domain, type), and implement `rewrite`, which
+    either changes the graph or raises :class:`NoMatch` before it has changed anything.
     """
 
-    roots: frozenset[str]
+    roots: frozenset[tuple[str, str]]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Try the rule at each root, in graph order."""
@@ -36,12 +36,13 @@ class RewritePass(ir.passes.InPlacePass):
         logger = logging.getLogger(type(self).__module__)
         applied = 0
         for node in tuple(model.graph):
-            if node.graph is None or node.op_type not in self.roots:
+            if node.graph is None or (node.domain, node.op_type) not in self.roots:
                 continue
             try:
                 self.rewrite(node)
             except NoMatch as reason:
-                logger.debug("%s left %s alone: %s", type(self).__name__, node.name, reason)
+                name = node.name or node.outputs[0].name
+                logger.debug("%s left %s alone: %s", type(self).__name__, name, reason)
             else:
                 applied += 1
         logger.debug("%s applied %d times", type(self).__name__, applied)
@@ -208,6 +209,34 @@ def slice_bounds(node: ir.Node) -> tuple[int, int]:
     (begin,), (end,) = integers(node.inputs[1]), integers(node.inputs[2])
     begin, end, _ = slice(begin, end).indices(size)
     return begin, end
+
+
+def new_node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, ir.Attr | int | float | Sequence[int]] | None = None,
+    *,
+    after: ir.Value,
+    suffix: str,
+    domain: str = "",
+) -> ir.Node:
+    """A node whose result stands in for `after`, with its type and shape.
+
+    Node and result are named after the value and not after its node: nodes of foreign graphs may
+    have no name, and two of ours must not have the same.
+    """
+    producer = after.producer()
+    node = ir.node(
+        op_type,
+        inputs,
+        attributes,
+        domain=domain,
+        name=f"{after.name}.{suffix}",
+        metadata_props={} if producer is None else dict(producer.metadata_props),
+    )
+    result = node.outputs[0]
+    result.name, result.shape, result.type = node.name, after.shape, after.type
+    return node
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:

@@ -13,9 +13,11 @@ from echoatt_exporter.passes._matching import (
     RewritePass,
     given,
     graph_of,
+    integers,
     last_axis,
     made_by,
     need,
+    new_node,
     remove_dead,
     replace,
     shape_of,
@@ -23,8 +25,6 @@ from echoatt_exporter.passes._matching import (
     static_dim,
 )
 from echoatt_exporter.passes._weights import add_constant, add_lazy, name_of_kept, weight_of
-
-_MICROSOFT = "com.microsoft"
 
 _Namer = Callable[[str], str]
 
@@ -46,11 +46,10 @@ class CutPackedWeights(RewritePass):
     the columns is handed on directly if one reader takes it all, else by Slice nodes.
     """
 
-    roots = frozenset({"MatMul", "Gemm", "MatMulNBits"})
+    roots = frozenset({("", "MatMul"), ("", "Gemm"), ("com.microsoft", "MatMulNBits")})
 
     def rewrite(self, node: ir.Node) -> None:
         """Cut one projection."""
-        need(node.domain == (_MICROSOFT if node.op_type == "MatMulNBits" else ""), "other domain")
         graph = graph_of(node)
         bias = _bias_after(node)
         result = node.outputs[0] if bias is None else bias.outputs[0]
@@ -161,13 +160,15 @@ def _match_heads(result: ir.Value) -> _Heads | None:
     if len(uses) != 1 or uses[0].node.op_type != "Reshape" or uses[0].idx != 0:
         return None
     reshape = uses[0].node
-    value = reshape.outputs[0]
+    value = shaped = reshape.outputs[0]
     dims = made_by(reshape.inputs[1], "Concat")
-    sizes = weight_of(dims.inputs[-1]).numpy().reshape(-1)
     size = static_dim(value, -1)
     need(len(shape_of(value)) == 4, "the result is not reshaped to heads")
     need(not value.is_graph_output(), "the reshaped result is a graph output")
-    need(sizes.tolist() == [size], "the size of a head is not the shape's own last constant")
+    need(
+        integers(dims.inputs[-1]) == [size],
+        "the size of a head is not the shape's own last constant",
+    )
     transpose = None
     readers = tuple(value.uses())
     if len(readers) == 1 and readers[0].node.op_type == "Transpose":
@@ -178,40 +179,34 @@ def _match_heads(result: ir.Value) -> _Heads | None:
         need(not value.is_graph_output(), "the transposed result is a graph output")
 
     def rebuild(graph: ir.Graph, cut: ir.Value, kept: int) -> ir.Value:
-        last = add_constant(graph, f"{reshape.name}.cut.size", np.array([kept], np.int64))
-        shape = _copy(dims, [*dims.inputs[:-1], last], dims.outputs[0], None)
-        # Other layers may share the shape, and be cut too
-        shape.name = f"{reshape.name}.cut.shape"
-        shape.outputs[0].name = f"{reshape.outputs[0].name}.cut.shape"
-        new = _copy(reshape, [cut, shape.outputs[0]], reshape.outputs[0], kept)
+        last = add_constant(graph, f"{shaped.name}.cut.size", np.array([kept], np.int64))
+        # Named after the Reshape: other layers may share the shape, and be cut too
+        shape = new_node(
+            "Concat", [*dims.inputs[:-1], last], {"axis": 0}, after=shaped, suffix="cut.shape"
+        )
+        shape.outputs[0].shape, shape.outputs[0].type = dims.outputs[0].shape, dims.outputs[0].type
+        new = _copy(reshape, [cut, shape.outputs[0]], kept)
         graph.insert_before(reshape, [shape, new])
         if transpose is None:
             return new.outputs[0]
-        turned = _copy(transpose, [new.outputs[0]], transpose.outputs[0], kept)
+        turned = _copy(transpose, [new.outputs[0]], kept)
         graph.insert_before(transpose, turned)
         return turned.outputs[0]
 
     return _Heads(value, size, rebuild)
 
 
-def _copy(
-    node: ir.Node, inputs: list[ir.Value | None], output: ir.Value, columns: int | None
-) -> ir.Node:
-    """A node like `node`, with other inputs and `columns` in the last dimension."""
-    copy = ir.node(
+def _copy(node: ir.Node, inputs: list[ir.Value | None], columns: int) -> ir.Node:
+    """A node like `node`, with other inputs and `columns` in the last dimension of its result."""
+    copy = new_node(
         node.op_type,
         inputs,
         dict(node.attributes),
+        after=node.outputs[0],
+        suffix="cut",
         domain=node.domain,
-        name=f"{node.name}.cut",
-        metadata_props=dict(node.metadata_props),
     )
-    copy.outputs[0].name = f"{output.name}.cut"
-    copy.outputs[0].type = output.type
-    if columns is None:
-        copy.outputs[0].shape = output.shape
-    else:
-        copy.outputs[0].shape = ir.Shape([*list(shape_of(output))[:-1], columns])
+    copy.outputs[0].shape = ir.Shape([*list(shape_of(node.outputs[0]))[:-1], columns])
     return copy
 
 
@@ -221,7 +216,7 @@ def _cut_projection(graph: ir.Graph, node: ir.Node, columns: np.ndarray, name: _
     inputs = list(node.inputs)
     for index, layout in layouts.items():
         inputs[index] = _take(graph, given(inputs[index]), columns, name, *layout)
-    cut = _copy(node, inputs, node.outputs[0], len(columns))
+    cut = _copy(node, inputs, len(columns))
     if node.op_type == "MatMulNBits":
         cut.attributes["N"] = ir.AttrInt64("N", len(columns))
     graph.insert_before(node, cut)
@@ -292,7 +287,7 @@ def _cut_bias(
     inputs: list[ir.Value | None] = [
         cut if item is old else _take(graph, given(item), columns, name, 0) for item in add.inputs
     ]
-    new = _copy(add, inputs, add.outputs[0], len(columns))
+    new = _copy(add, inputs, len(columns))
     graph.insert_before(add, new)
     return new.outputs[0]
 
@@ -309,7 +304,6 @@ def _hand_on(graph: ir.Graph, parts: list[_Part], cut: ir.Value, keep: np.ndarra
             add_constant(graph, f"{part.value.name}.cut.{name}", np.array([number], np.int64))
             for name, number in (("begin", begin), ("end", end), ("axis", -1))
         ]
-        piece = ir.node("Slice", [cut, *bounds], name=f"{part.node.name}.cut")
-        piece.outputs[0].name = f"{part.value.name}.cut"
+        piece = new_node("Slice", [cut, *bounds], after=part.value, suffix="cut")
         graph.insert_before(part.node, piece)
         replace(part.value, piece.outputs[0])

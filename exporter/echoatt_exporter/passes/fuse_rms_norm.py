@@ -15,6 +15,7 @@ from echoatt_exporter.passes._matching import (
     last_axis,
     made_by,
     need,
+    new_node,
     only_used_by,
     remove_dead,
     replace,
@@ -50,7 +51,7 @@ class FuseRmsNorm(RewritePass):
     an intermediate value that something else needs.
     """
 
-    roots = frozenset({"ReduceMean"})
+    roots = frozenset({("", "ReduceMean")})
 
     def rewrite(self, node: ir.Node) -> None:
         """Fuse the norm around one ReduceMean."""
@@ -78,15 +79,13 @@ class FuseRmsNorm(RewritePass):
         last = result.producer()
         assert last is not None  # noqa: S101 - Mul or Cast
         weight = _weight_value(graph, scaled, scale.astype(x.dtype.numpy()))
-        fused = ir.node(
+        fused = new_node(
             "RMSNormalization",
             [x, weight],
             {"axis": -1, "epsilon": epsilon},
-            name=f"{last.name}.rms_norm",
-            metadata_props=dict(last.metadata_props),
+            after=result,
+            suffix="rms_norm",
         )
-        fused.outputs[0].name = f"{result.name}.rms_norm"
-        fused.outputs[0].shape, fused.outputs[0].type = result.shape, result.type
         graph.insert_before(last, fused)
         replace(result, fused.outputs[0])
         remove_dead(graph, [result])

@@ -18,6 +18,7 @@ from echoatt_exporter.passes._matching import (
     last_axis,
     made_by,
     need,
+    new_node,
     only_used_by,
     remove_dead,
     replace,
@@ -48,7 +49,7 @@ class FuseRotary(RewritePass):
     not one row for each row of x.
     """
 
-    roots = frozenset({"Add"})
+    roots = frozenset({("", "Add")})
 
     def __init__(self) -> None:
         self._halves: dict[ir.Value, ir.Value] = {}
@@ -75,15 +76,7 @@ class FuseRotary(RewritePass):
         halves = [
             self._half(graph, value, chain) for value, chain in zip(angles, chains, strict=True)
         ]
-        fused = ir.node(
-            "RotaryEmbedding",
-            [data, *halves],
-            attributes,
-            name=f"{last.name}.rotary",
-            metadata_props=dict(last.metadata_props),
-        )
-        fused.outputs[0].name = f"{old.name}.rotary"
-        fused.outputs[0].shape, fused.outputs[0].type = old.shape, old.type
+        fused = new_node("RotaryEmbedding", [data, *halves], attributes, after=old, suffix="rotary")
         graph.insert_before(last, fused)
         replace(old, fused.outputs[0])
         remove_dead(graph, [old])
@@ -98,15 +91,9 @@ class FuseRotary(RewritePass):
             old = step.outputs[0]
             if old not in self._halves:
                 inputs = [result if _is_angle(item) else item for item in step.inputs]
-                copy = ir.node(
-                    step.op_type,
-                    inputs,
-                    dict(step.attributes),
-                    name=f"{step.name}.half",
-                    metadata_props=dict(step.metadata_props),
+                copy = new_node(
+                    step.op_type, inputs, dict(step.attributes), after=old, suffix="half"
                 )
-                copy.outputs[0].name = f"{old.name}.half"
-                copy.outputs[0].type = old.type
                 *outer, size = shape_of(old)
                 assert isinstance(size, int)  # noqa: S101 - checked by _angles
                 copy.outputs[0].shape = ir.Shape([*outer, size // 2])
@@ -156,7 +143,7 @@ def _match_rotation(add: ir.Node) -> _Rotation:
                 return _Rotation(x, cos, sin)
         except NoMatch as reason:
             reasons.append(str(reason))
-    raise NoMatch(reasons[-1] if reasons else "it does not add two products")
+    raise NoMatch(" / ".join(dict.fromkeys(reasons)) or "it does not add two products")
 
 
 def _match_rotate_half(value: ir.Value) -> tuple[ir.Value, ir.DataType | None]:

@@ -10,6 +10,7 @@ from echoatt_exporter.passes._matching import (
     graph_of,
     made_by,
     need,
+    new_node,
     remove_dead,
     replace,
     same_shape,
@@ -34,7 +35,7 @@ class FuseSkipRmsNorm(RewritePass):
     refuses an Add that broadcasts (a bias, a scalar), because the operator does not.
     """
 
-    roots = frozenset({"RMSNormalization"})
+    roots = frozenset({("", "RMSNormalization")})
 
     def rewrite(self, node: ir.Node) -> None:
         """Fuse one norm with the addition in front of it."""
@@ -49,23 +50,19 @@ class FuseSkipRmsNorm(RewritePass):
         need(same_shape(left, right), "the addition broadcasts, or its shapes are not known")
         need(left.dtype == right.dtype == weight.dtype, "element types differ")
 
-        sum_needed = total.is_graph_output() or len(total.uses()) > 1
-        fused = ir.node(
+        fused = new_node(
             "SkipSimplifiedLayerNormalization",
             [left, right, weight],
             {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+            after=node.outputs[0],
+            suffix="skip",
             domain=_DOMAIN,
-            num_outputs=4 if sum_needed else 1,
-            name=f"{node.name}.skip",
-            metadata_props=dict(node.metadata_props),
         )
-        normalized = fused.outputs[0]
-        normalized.name = f"{node.outputs[0].name}.skip"
-        normalized.shape, normalized.type = node.outputs[0].shape, node.outputs[0].type
         # Where the addition stood, not the norm: other readers of the sum may come before the norm.
         graph.insert_after(add, fused)
-        replace(node.outputs[0], normalized)
-        if sum_needed:
+        replace(node.outputs[0], fused.outputs[0])
+        if total.is_graph_output() or len(total.uses()) > 1:
+            fused.resize_outputs(4)
             fused.outputs[1].name = fused.outputs[2].name = ""
             fused.outputs[3].name = f"{total.name}.skip"
             graph.remove(node, safe=True)

@@ -14,9 +14,9 @@ from echoatt_exporter.passes._matching import (
     given,
     graph_of,
     need,
+    new_node,
     remove_dead,
     replace,
-    shape_of,
 )
 from echoatt_exporter.passes._weights import add_constant, add_lazy, packed_name, weight_of
 
@@ -102,42 +102,36 @@ def _pack(graph: ir.Graph, group: Sequence[_Projection]) -> None:
     first = group[0].node
     with_bias = all(projection.bias is not None for projection in group)
     packed_weight = _concatenated(graph, [projection.weight for projection in group], axis=1)
-    product = _node_like(first, "MatMul", [first.inputs[0], packed_weight])
+    product = new_node(
+        "MatMul", [first.inputs[0], packed_weight], after=first.outputs[0], suffix="packed"
+    )
     nodes = [product]
     if with_bias:
-        biases = [given(projection.bias) for projection in group]
+        bias = _concatenated(graph, [given(projection.bias) for projection in group], axis=0)
         nodes.append(
-            _node_like(first, "Add", [product.outputs[0], _concatenated(graph, biases, axis=0)])
+            new_node("Add", [product.outputs[0], bias], after=first.outputs[0], suffix="biased")
         )
     sizes = np.array([projection.columns for projection in group], np.int64)
+    sum_of_sizes = int(sizes.sum())
+    for node in nodes:
+        if node.outputs[0].shape is not None:
+            node.outputs[0].shape = ir.Shape([*list(node.outputs[0].shape)[:-1], sum_of_sizes])
+    name = f"{first.outputs[0].name}.sizes"
     split = ir.node(
         "Split",
-        [nodes[-1].outputs[0], add_constant(graph, f"{first.name}.sizes", sizes)],
+        [nodes[-1].outputs[0], add_constant(graph, name, sizes)],
         {"axis": -1},
         num_outputs=len(group),
-        name=f"{first.name}.split",
+        name=f"{first.outputs[0].name}.split",
     )
     nodes.append(split)
-    outer = list(shape_of(first.outputs[0]))[:-1] if first.outputs[0].shape is not None else None
-    for node in nodes[:-1]:
-        node.outputs[0].type = first.outputs[0].type
-        if outer is not None:
-            node.outputs[0].shape = ir.Shape([*outer, int(sizes.sum())])
     # Where the first product stood: the input is there, all else is constant
     graph.insert_before(first, nodes)
     for projection, output in zip(group, split.outputs, strict=True):
         old = projection.node if not with_bias or projection.add is None else projection.add
-        output.name = f"{old.outputs[0].name}.packed"
+        output.name = f"{old.outputs[0].name}.part"
         replace(old.outputs[0], output)
         remove_dead(graph, [old.outputs[0]])
-
-
-def _node_like(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> ir.Node:
-    """A packed node, named after the first that it replaces."""
-    name = f"{node.name}.packed.{op_type}"
-    new = ir.node(op_type, inputs, name=name, metadata_props=dict(node.metadata_props))
-    new.outputs[0].name = f"{node.outputs[0].name}.packed.{op_type}"
-    return new
 
 
 def _concatenated(graph: ir.Graph, values: Sequence[ir.Value], axis: int) -> ir.Value:

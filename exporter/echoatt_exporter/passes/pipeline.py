@@ -19,7 +19,6 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
-from echoatt_exporter.passes.name_weights import NameWeights
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.quantize_weights import QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
@@ -63,10 +62,6 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
         PassStep(
             transform=CommonSubexpressionEliminationPass(),
             why="every layer computes the same shapes and masks",
-        ),
-        PassStep(
-            transform=NameWeights(),
-            why="while the nodes still say which module they come from",
         ),
         PassStep(
             transform=RewireProbabilities(sources),

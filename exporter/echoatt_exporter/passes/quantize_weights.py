@@ -23,6 +23,7 @@ from echoatt_exporter.passes._matching import (
     given,
     graph_of,
     need,
+    new_node,
     remove_dead,
     replace,
 )
@@ -54,7 +55,7 @@ class QuantizeWeights(RewritePass):
     Weights are quantised when they are written, one at a time, not now.
     """
 
-    roots = frozenset({"MatMul"})
+    roots = frozenset({("", "MatMul")})
 
     def __init__(
         self,
@@ -92,14 +93,14 @@ class QuantizeWeights(RewritePass):
     def rewrite(self, node: ir.Node) -> None:
         """Quantise one product's weight."""
         graph = graph_of(node)
-        need(node.domain == "", "it is not an ai.onnx MatMul")
         weight = given(node.inputs[1])
         tensor = weight_of(weight, rank=2)
         need(tensor.dtype in _ACTIVATION_TYPES, f"{weight.name} is {tensor.dtype}")
         rows, columns = (int(size) for size in tensor.shape.numpy())
         if weight not in self._done:
             self._done[weight] = list(self._register(graph, str(weight.name), tensor))
-        quantized = ir.node(
+        old = node.outputs[0]
+        quantized = new_node(
             "MatMulNBits",
             [node.inputs[0], *self._done[weight]],
             {
@@ -109,12 +110,10 @@ class QuantizeWeights(RewritePass):
                 "block_size": self._block_size,
                 "accuracy_level": self._accuracy_level,
             },
+            after=old,
+            suffix=f"int{self._bits}",
             domain=_DOMAIN,
-            name=f"{node.name}.int{self._bits}",
-            metadata_props=dict(node.metadata_props),
         )
-        old = node.outputs[0]
-        quantized.outputs[0].name = f"{old.name}.int{self._bits}"
         graph.insert_before(node, quantized)
         replace(old, quantized.outputs[0])
         remove_dead(graph, [old])

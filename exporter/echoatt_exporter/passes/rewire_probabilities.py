@@ -55,21 +55,29 @@ class RewireProbabilities(ir.passes.InPlacePass):
 
 
 def _check_shapes(follower: LayerAttention, source: LayerAttention) -> None:
-    """Refuse to swap tensors of different shapes.
-
-    Only what the graph knows of both can be compared. Symbolic sizes are expressions over the same
-    graph's inputs, so two that read differently mean different sizes.
-    """
+    """Refuse to swap tensors whose shapes are known to differ."""
     mine, theirs = follower.probabilities.shape, source.probabilities.shape
     if mine is None or theirs is None:
         return
-    equal = len(mine) == len(theirs) and all(
-        str(a) == str(b)
-        for axis, (a, b) in enumerate(zip(mine, theirs, strict=True))
-        if not (mine.is_unknown_dim(axis) or theirs.is_unknown_dim(axis))
-    )
-    if not equal:
+    if len(mine) != len(theirs) or any(map(_differ, mine, theirs)):
         raise PlanError(
             f"layer {follower.layer} cannot use layer {source.layer}'s probabilities: they are "
             f"{theirs} and its own {mine}; choose a source with the same head counts"
         )
+
+
+def _differ(left: int | ir.SymbolicDim, right: int | ir.SymbolicDim) -> bool:
+    """Whether two sizes cannot be equal.
+
+    Expressions can be compared only if they are of the same symbols, such as 2*seq and 4*seq:
+    shape inference gives a size that it cannot express a symbol of its own, different in each
+    layer.
+    """
+    if isinstance(left, int) and isinstance(right, int):
+        return left != right
+    if isinstance(left, int) or isinstance(right, int):
+        return False
+    symbols = left.free_symbols()
+    if not symbols or symbols != right.free_symbols():
+        return False
+    return str(left.simplify()) != str(right.simplify())

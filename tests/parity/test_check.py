@@ -1,0 +1,185 @@
+"""Directories against bundles, PyTorch's side against the oracle, and what is chosen to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from tests.parity import mutants
+from tests.parity.conftest import CONTEXT, make_manifest
+
+from echoatt_exporter.errors import CheckpointError, ParityError, PlanError
+from echoatt_exporter.parity import assert_parity, check_parity, compare, record_reference
+from echoatt_exporter.parity.cases import write_script
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.apply import share_attention
+from echoatt_runtime.errors import BundleNotFoundError, DamagedBundleError, NumericalError
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tiny_model: Any, tmp_path_factory: Any) -> Path:
+    """The teacher of the sliding-window student."""
+    path: Path = tmp_path_factory.mktemp("teacher")
+    fields = {"num_hidden_layers": 4, "max_position_embeddings": CONTEXT}
+    tiny_model("mistral", **fields).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(sliding: Any, write: Any) -> Path:
+    path: Path = write(ir.load(sliding.graph_file), sliding.manifest)
+    return path
+
+
+@pytest.mark.parametrize("plan", [None, "2:1,3:0", SharingPlan((0, 1, 1, 0))])
+def test_a_teachers_directory_with_the_bundles_plan(
+    teacher_dir: Path, bundle: Path, plan: Any
+) -> None:
+    report = check_parity(teacher_dir, bundle, plan, max_context=50)
+
+    assert report.passed
+    assert report.cases[-1].name == "context of 50 by 17"
+    assert_parity(teacher_dir, bundle.parent, plan, max_context=50)
+
+
+def test_a_students_directory(sliding: Any, bundle: Path, tmp_path: Path) -> None:
+    sliding.student.save_pretrained(tmp_path)
+
+    assert check_parity(tmp_path, bundle, max_context=50).passed
+
+
+def test_assert_parity_fails_on_a_fault(
+    sliding: Any, write: Any, teacher_dir: Path, bundle: Path
+) -> None:
+    model = ir.load(sliding.graph_file)
+    mutants.use_wrong_source(model, 2, 0)
+    wrong = write(model, sliding.manifest)
+
+    with pytest.raises(ParityError, match="layer 2's attention output"):
+        assert_parity(teacher_dir, wrong, max_context=50)
+
+
+def test_another_plan_cannot_be_compared(teacher_dir: Path, bundle: Path) -> None:
+    with pytest.raises(PlanError, match=r"could not compare.*\[0, 1, 1, 0\], not \[0, 1, 1, 1\]"):
+        check_parity(teacher_dir, bundle, SharingPlan((0, 1, 1, 1)))
+
+
+def test_a_students_other_plan_cannot_be_compared(
+    tiny_model: Any, bundle: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_model("mistral", num_hidden_layers=4, max_position_embeddings=CONTEXT)
+    share_attention(teacher, SharingPlan((0, 1, 1, 1))).save_pretrained(tmp_path)
+
+    with pytest.raises(PlanError):
+        check_parity(tmp_path, bundle)
+
+
+def test_another_shape_cannot_be_compared(tiny_model: Any, bundle: Path, tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 4, "max_position_embeddings": CONTEXT, "sliding_window": 6}
+    tiny_model("mistral", **fields).save_pretrained(tmp_path)
+
+    with pytest.raises(CheckpointError, match=r"could not compare.*sliding_window 5 instead of 6"):
+        check_parity(tmp_path, bundle)
+
+
+def test_another_bundle_than_the_reference_is_for_cannot_be_compared(
+    sliding: Any, write: Any
+) -> None:
+    other = dataclasses.replace(sliding.manifest, sources=(0, 1, 1, 1))
+
+    with pytest.raises(CheckpointError, match=r"could not compare.*sources"):
+        compare(sliding.reference, write(ir.load(sliding.graph_file), other))
+
+
+def test_no_bundle_and_no_model(teacher_dir: Path, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleNotFoundError):
+        check_parity(teacher_dir, tmp_path / "absent.onnx")
+    with pytest.raises(CheckpointError):
+        check_parity(tmp_path / "absent", bundle)
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(DamagedBundleError):
+        check_parity(teacher_dir, tmp_path)
+
+
+def test_a_model_that_computes_nan_cannot_be_compared(tiny_model: Any) -> None:
+    student = share_attention(tiny_model("llama"), SharingPlan.unshared(6))
+    torch.nn.init.constant_(student.decoder.lm_head.weight, float("nan"))
+
+    with pytest.raises(NumericalError, match="PyTorch itself"):
+        record_reference(student, make_manifest(student), tokenizer_dir=None)
+
+
+def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any) -> None:
+    sources = (0, 1, 1, 1, 4, 4)
+    teacher = tiny_model("llama")
+    tensors = {name: tensor.numpy() for name, tensor in teacher.state_dict().items()}
+    judge = oracle(teacher.config.to_dict(), tensors, sources)
+    student = share_attention(teacher, SharingPlan(sources))
+
+    reference = record_reference(student, make_manifest(student), tokenizer_dir=None)
+
+    assert len(reference.texts) == 6
+    for text in reference.texts:
+        expected = judge.logits(text.tokens)[text.positions]
+        np.testing.assert_allclose(text.logits, expected, atol=2e-4 * expected.std())
+    decode = reference.texts[1]
+    assert decode.tokens[-8:].tolist() == judge.greedy(decode.tokens[:-8], 8)
+
+
+def test_long_texts_run_in_pieces_with_the_same_result(
+    sliding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from echoatt_exporter.parity import reference as module
+
+    monkeypatch.setattr(module, "_PROBABILITIES_AT_ONCE", 70 * CONTEXT * 4)
+    pieces = record_reference(sliding.student, sliding.manifest, tokenizer_dir=None)
+
+    for whole, pieced in zip(sliding.reference.texts, pieces.texts, strict=True):
+        np.testing.assert_array_equal(whole.tokens, pieced.tokens)
+        np.testing.assert_allclose(whole.logits, pieced.logits, atol=1e-3)
+        np.testing.assert_allclose(whole.contexts, pieced.contexts, atol=1e-3)
+
+
+def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) -> None:
+    manifest = dataclasses.replace(sliding.manifest, vocab_size=512)
+
+    script = write_script(manifest, stories260k)
+    without = write_script(manifest, None)
+
+    assert [case.name for case in script.cases] == [
+        *(case.name for case in without.cases),
+        "real prompts",
+    ]
+    prompts = [script.texts[index].tokens for index in script.cases[-1].texts]
+    assert len(prompts) == 3
+    assert prompts[0][:4].tolist() == [1, 403, 407, 261]  # <s> Once upon a
+    assert len({len(prompt) for prompt in prompts}) > 1 or len(prompts[0]) == 32
+
+
+@pytest.mark.parametrize("context", [8, 20, 41, 193, 300])
+def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
+    manifest = dataclasses.replace(sliding.manifest, context_length=context)
+
+    script = write_script(manifest, None)
+
+    for case in script.cases:
+        for row, text in enumerate(case.texts):
+            request = script.texts[text]
+            total = len(request.tokens) + request.greedy
+            assert sum(step[row] for step in case.steps) <= total <= context
+            assert request.positions.max() < total
+
+
+def test_what_is_kept_does_not_grow_with_the_context(sliding: Any) -> None:
+    manifest = dataclasses.replace(sliding.manifest, context_length=100_000)
+
+    script = write_script(manifest, None)
+
+    assert max(len(text.tokens) for text in script.texts) == 100_000
+    assert max(len(text.positions) for text in script.texts) < 50
+    assert sum(len(text.positions) for text in script.texts) < 250

@@ -1,0 +1,194 @@
+"""Bundles of every dtype, on the CPU provider."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
+from tests.parity import mutants
+
+from echoatt_exporter.parity import compare, record_reference
+from echoatt_exporter.parity.arithmetic import (
+    float32_arithmetic,
+    quantised_weights,
+    round_trip,
+)
+from echoatt_exporter.passes import QuantizeWeights
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.apply import share_attention
+
+EXACT = ("ragged batch, rounded weights", "context of 300 by 192, rounded weights")
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantised(request: Any, sliding: Any) -> Any:
+    """The sliding-window model as an int8 and int4 bundle's manifest and reference."""
+    manifest = dataclasses.replace(sliding.manifest, dtype=request.param)
+    return dataclasses.replace(
+        sliding,
+        manifest=manifest,
+        reference=record_reference(sliding.student, manifest, tokenizer_dir=None),
+    )
+
+
+def _quantise(model: ir.Model, dtype: str) -> ir.Model:
+    bits: Literal[4, 8] = 8 if dtype == "int8" else 4
+    assert QuantizeWeights(bits)(model).modified
+    return model
+
+
+def test_a_quantised_bundle_passes_both_checks(quantised: Any, write: Any) -> None:
+    model = _quantise(ir.load(quantised.graph_file), quantised.manifest.dtype)
+
+    report = compare(quantised.reference, write(model, quantised.manifest))
+
+    assert report.passed, report.to_dict()
+    exact = [case for case in report.cases if case.name in EXACT]
+    rounded = [case for case in report.cases if case.name not in EXACT]
+    assert len(exact) == len(EXACT)
+    assert {case.tolerance.name for case in exact} == {"fp32"}
+    assert {case.tolerance.name for case in rounded} == {quantised.manifest.dtype}
+    # What quantisation changes is seen in one and not in the other
+    assert min(case.mean_kl for case in rounded) > 100 * max(case.mean_kl for case in exact)
+
+
+def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
+    quantised: Any, write: Any
+) -> None:
+    model = ir.load(quantised.graph_file)
+    mutants.scale_weight(model, "model.layers.2.self_attn.v_proj.weight", 1.001)
+
+    report = compare(
+        quantised.reference, write(_quantise(model, quantised.manifest.dtype), quantised.manifest)
+    )
+
+    assert {case.name for case in report.cases if not case.passed} == set(EXACT)
+    assert report.first_diverging_layer == 2
+
+
+def test_weights_that_are_rounded_too_much_fail_their_bound(sliding: Any, write: Any) -> None:
+    manifest = dataclasses.replace(sliding.manifest, dtype="int4")
+    reference = record_reference(sliding.student, manifest, tokenizer_dir=None)
+    for layer in sliding.student.decoder.model.layers:
+        assert layer.mlp.up_proj.weight.dtype == torch.float32
+    model = ir.load(sliding.graph_file)
+    for name in list(model.graph.initializers):
+        if "layers" in name and "proj" in name:
+            weight = model.graph.initializers[name]
+            assert weight.const_value is not None
+            values = weight.const_value.numpy()
+            step = np.abs(values).max() / 2
+            weight.const_value = ir.Tensor(np.round(values / step) * step, name=name)
+
+    report = compare(reference, write(_quantise(model, "int4"), manifest))
+
+    assert not any(case.passed for case in report.cases)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [64, 44])
+def test_rounded_weights_are_those_that_the_operator_multiplies_by(
+    bits: Literal[4, 8], inputs: int
+) -> None:
+    outputs, block = 5, 32
+    weight_NK = np.random.default_rng(0).normal(size=(outputs, inputs)).astype(np.float32)
+    quantizer = DefaultWeightOnlyQuantizer(
+        DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=bits)
+    )
+    packed = quantizer.qbits_block_quant(np.ascontiguousarray(weight_NK.T))
+    names = ["q", "s", "z"]
+    make = onnx.helper
+    node = make.make_node(
+        "MatMulNBits", ["x", *names], ["y"], domain="com.microsoft",
+        K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=1,
+    )  # fmt: skip
+    graph = make.make_graph(
+        [node],
+        "one",
+        [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [inputs, inputs])],
+        [make.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [inputs, outputs])],
+        [
+            onnx.numpy_helper.from_array(part, name)
+            for part, name in zip(packed, names, strict=True)
+        ],
+    )
+    opsets = [make.make_opsetid("", 21), make.make_opsetid("com.microsoft", 1)]
+    model = make.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+    (found_KN,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
+
+    expected_NK = round_trip(weight_NK, quantizer)
+    np.testing.assert_allclose(found_KN.T, expected_NK, atol=1e-6)
+    assert np.abs(expected_NK - weight_NK).max() > 1e-3
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def half(request: Any, export: Any) -> Any:
+    """Gemma 2 in 16 bits: scaled embeddings, soft-caps, two kinds of layers."""
+    return export("gemma2", (0, 1, 0), request.param, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention",
+    ])  # fmt: skip
+
+
+def test_a_16_bit_bundle_passes_on_the_cpu(half: Any, write: Any) -> None:
+    report = compare(half.reference, write(ir.load(half.graph_file), half.manifest))
+
+    assert report.passed, report.to_dict()
+    if half.manifest.dtype == "bf16":
+        # The CPU has no bf16 kernels; what it computes in float32 is held to float32's tolerance
+        assert report.provider == "CPUExecutionProvider, computed in float32"
+        assert {tolerance.name for tolerance in report.tolerances} == {"fp32"}
+    else:
+        assert report.provider == "CPUExecutionProvider"
+        assert {tolerance.name for tolerance in report.tolerances} == {"fp16"}
+    assert report.verification().provider == report.provider
+
+
+def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
+    model = ir.load(half.graph_file)
+    mutants.swap_probability_heads(model, 2)
+
+    report = compare(half.reference, write(model, half.manifest))
+
+    assert not report.passed
+    assert report.first_diverging_layer == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_16_bit_weights_compute_in_float32_and_come_back(tiny_model: Any, family: str) -> None:
+    student = share_attention(tiny_model(family).half(), SharingPlan((0, 0, 2, 0, 4, 2)))
+    before = {name: (id(p), p.dtype) for name, p in student.named_parameters()}
+    tokens = torch.arange(12)[None]
+    with torch.inference_mode(), float32_arithmetic(student):
+        found = student(tokens).logits
+    after = {name: (id(p), p.dtype) for name, p in student.named_parameters()}
+
+    with torch.inference_mode():
+        expected = student.to(torch.float32)(tokens).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert after == before
+
+
+def test_weights_come_back_after_a_failure(tiny_model: Any) -> None:
+    student = share_attention(tiny_model("llama"), SharingPlan.unshared(6))
+    before = {name: id(p) for name, p in student.named_parameters()}
+    with pytest.raises(IndexError), quantised_weights(student, 4):
+        student(torch.tensor([[10_000]]))
+    with pytest.raises(RuntimeError), quantised_weights(student, 4):
+        student.decoder.model.layers[0].mlp.up_proj(torch.zeros(1, 3))
+
+    assert {name: id(p) for name, p in student.named_parameters()} == before
