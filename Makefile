@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves; PYTHON names the interpreter to use.
 #
-# On Linux, PyPI's torch is a CUDA build of several gigabytes. For the CPU build:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv
+# On Linux, pip's ordinary torch is a CUDA build of several gigabytes; PIP_EXTRA_INDEX_URL can point
+# at PyTorch's CPU wheels instead.
 
 PYTHON ?= python3
 ARGS ?=

@@ -27,7 +27,7 @@ from echoatt_exporter.passes import QuantizeWeights
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 
-EXACT = ("ragged batch, rounded weights", "context of 300 by 192, rounded weights")
+ROUNDED = "ragged batch, rounded weights"
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -53,13 +53,12 @@ def test_a_quantised_bundle_passes_both_checks(quantised: Any, write: Any) -> No
     report = compare(quantised.reference, write(model, quantised.manifest))
 
     assert report.passed, report.to_dict()
-    exact = [case for case in report.cases if case.name in EXACT]
-    rounded = [case for case in report.cases if case.name not in EXACT]
-    assert len(exact) == len(EXACT)
-    assert {case.tolerance.name for case in exact} == {"fp32"}
-    assert {case.tolerance.name for case in rounded} == {quantised.manifest.dtype}
+    *bounded, rounded = report.cases
+    assert rounded.name == ROUNDED
+    assert rounded.tolerance.name == "fp32"
+    assert {case.tolerance.name for case in bounded} == {quantised.manifest.dtype}
     # What quantisation changes is seen in one and not in the other
-    assert min(case.mean_kl for case in rounded) > 100 * max(case.mean_kl for case in exact)
+    assert min(case.mean_kl for case in bounded) > 1e4 * rounded.mean_kl
 
 
 def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
@@ -72,25 +71,24 @@ def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
         quantised.reference, write(_quantise(model, quantised.manifest.dtype), quantised.manifest)
     )
 
-    assert {case.name for case in report.cases if not case.passed} == set(EXACT)
+    assert {case.name for case in report.cases if not case.passed} == {ROUNDED}
     assert report.first_diverging_layer == 2
 
 
-def test_weights_that_are_rounded_too_much_fail_their_bound(sliding: Any, write: Any) -> None:
-    manifest = dataclasses.replace(sliding.manifest, dtype="int4")
+def test_weights_that_lost_more_bits_fail_their_bound(sliding: Any, write: Any) -> None:
+    manifest = dataclasses.replace(sliding.manifest, dtype="int8")
     reference = record_reference(sliding.student, manifest, tokenizer_dir=None)
-    for layer in sliding.student.decoder.model.layers:
-        assert layer.mlp.up_proj.weight.dtype == torch.float32
+    quantizer = DefaultWeightOnlyQuantizer(
+        DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, bits=4)
+    )
     model = ir.load(sliding.graph_file)
-    for name in list(model.graph.initializers):
-        if "layers" in name and "proj" in name:
-            weight = model.graph.initializers[name]
+    for name, weight in model.graph.initializers.items():
+        if name.endswith("proj.weight"):
             assert weight.const_value is not None
-            values = weight.const_value.numpy()
-            step = np.abs(values).max() / 2
-            weight.const_value = ir.Tensor(np.round(values / step) * step, name=name)
+            values_NK = np.ascontiguousarray(weight.const_value.numpy().T)
+            weight.const_value = ir.Tensor(round_trip(values_NK, quantizer).T.copy(), name=name)
 
-    report = compare(reference, write(_quantise(model, "int4"), manifest))
+    report = compare(reference, write(_quantise(model, "int8"), manifest))
 
     assert not any(case.passed for case in report.cases)
 
@@ -148,9 +146,9 @@ def test_a_16_bit_bundle_passes_on_the_cpu(half: Any, write: Any) -> None:
 
     assert report.passed, report.to_dict()
     if half.manifest.dtype == "bf16":
-        # The CPU has no bf16 kernels; what it computes in float32 is held to float32's tolerance
+        # The CPU has no bf16 kernels
         assert report.provider == "CPUExecutionProvider, computed in float32"
-        assert {tolerance.name for tolerance in report.tolerances} == {"fp32"}
+        assert {tolerance.name for tolerance in report.tolerances} == {"bf16 computed in float32"}
     else:
         assert report.provider == "CPUExecutionProvider"
         assert {tolerance.name for tolerance in report.tolerances} == {"fp16"}
@@ -167,7 +165,7 @@ def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
     assert report.first_diverging_layer == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])
 def test_16_bit_weights_compute_in_float32_and_come_back(tiny_model: Any, family: str) -> None:
     student = share_attention(tiny_model(family).half(), SharingPlan((0, 0, 2, 0, 4, 2)))
     before = {name: (id(p), p.dtype) for name, p in student.named_parameters()}
@@ -176,8 +174,10 @@ def test_16_bit_weights_compute_in_float32_and_come_back(tiny_model: Any, family
         found = student(tokens).logits
     after = {name: (id(p), p.dtype) for name, p in student.named_parameters()}
 
+    for parameter in student.parameters():
+        parameter.data = parameter.data.float()
     with torch.inference_mode():
-        expected = student.to(torch.float32)(tokens).logits
+        expected = student(tokens).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert after == before

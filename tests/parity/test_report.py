@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from typing import Any
@@ -14,7 +15,7 @@ from echoatt_exporter.errors import ParityError
 from echoatt_exporter.parity import CaseReport, ParityReport, Tolerance, format_report
 from echoatt_exporter.parity.compare import Statistics
 
-TOLERANCE = Tolerance("fp32", max_error=0.1, rms_error=0.05)
+TOLERANCE = Tolerance("fp32", max_error=0.1, rms_error=0.05, basis="fixed")
 
 
 def _row(*probabilities: float) -> Any:
@@ -134,11 +135,13 @@ def test_json_and_table_state_tolerances_and_every_case() -> None:
     report = ParityReport("SomeProvider", "fp32", cases, 3, "first in layer 3's attention output")
 
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(format_report(report))
     text = console.export_text()
 
-    assert data["tolerances"] == [{"name": "fp32", "max_error": 0.1, "rms_error": 0.05}]
+    assert data["tolerances"] == [
+        {"name": "fp32", "max_error": 0.1, "rms_error": 0.05, "basis": "fixed"}
+    ]
     assert [(case["name"], case["passed"]) for case in data["cases"]] == [
         ("prefill", True),
         ("decode", False),

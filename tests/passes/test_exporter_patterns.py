@@ -1,5 +1,7 @@
 """The patterns are those that PyTorch's exporter really leaves, of transformers' own modules."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,8 @@ def exported(request):
     x, skip = (torch.randn(2, 3, HEADS * SIZE, generator=generator) for _ in range(2))
     inputs = (x.to(request.param), skip.to(request.param), torch.tensor([[0, 1, 2], [7, 8, 9]]))
     auto = torch.export.Dim.AUTO
-    with torch.no_grad():
+    # torch's exporter warns of what it does itself
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             module, inputs, dynamo=True, optimize=False, opset_version=24, verbose=False,
             dynamic_shapes=({0: auto, 1: auto},) * 3, input_names=["x", "skip", "positions"],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import BertConfig, GPT2Config, T5Config, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter import SharingPlan, load_student, share_attention
@@ -162,6 +162,25 @@ def test_code_beside_a_known_model_type_is_not_run(
     (teacher_dir / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load_student(teacher_dir, None)
     assert not (tmp_path / "ran").exists()
+
+
+def test_trusted_code_runs_and_must_be_built_like_the_family(
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    _edit_config(teacher_dir, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    pass\n"
+    (teacher_dir / "modeling_own.py").write_text(code)
+    assert type(load_teacher(teacher_dir)).__name__ == "LlamaForCausalLM"
+    assert type(load_teacher(teacher_dir, trust_remote_code=True)).__name__ == "Own"
+    student = load_student(teacher_dir, SharingPlan((0, 1, 1, 1, 4, 4)), trust_remote_code=True)
+    assert type(student.decoder).__name__ == "Own"
+    code += "    def __init__(self, config):\n        super().__init__(config)\n"
+    code += "        self.model.blocks = self.model.__dict__['_modules'].pop('layers')\n"
+    (teacher_dir / "modeling_own.py").write_text(code.replace("    pass\n", ""))
+    with pytest.raises(UnsupportedModelError, match="its own Own is not built like transformers'"):
+        load_teacher(teacher_dir, trust_remote_code=True)
 
 
 def test_loading_is_silent_and_restores_the_settings(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from echoatt_exporter import SharingPlan, load_student
 
 Models = Callable[..., Any]
-PLANS = [(0, 1, 2, 3, 4), (0, 1, 1, 1, 4)]
+PLANS = [(0, 1, 2, 3, 4), (0, 1, 1, 1, 4), (0, 1, 0, 1, 0)]
 PROMPTS = ["Once upon a time", "Lily and Ben went to the park because", "The"]
 
 
@@ -42,7 +42,7 @@ def test_tiny_student_equals_oracle(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sources", PLANS, ids=["unshared", "shared"])
+@pytest.mark.parametrize("sources", PLANS, ids=["unshared", "block", "interleaved"])
 def test_trained_student_equals_oracle(
     sources: tuple[int, ...], stories260k: Path, oracle: Any
 ) -> None:

@@ -94,7 +94,14 @@ def test_other_attention_implementations_do_not_get_in(
 
 
 def test_configuration_leaves_the_callers_dict_alone() -> None:
-    text = {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 17, "eos_token_id": 5}
+    text = {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "vocab_size": 17,
+        "eos_token_id": 5,
+        "rope_theta": 500.0,  # transformers writes it into the older dict below
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
     before = json.dumps(text)
     config = EchoAttConfig(text_config=text)
     assert json.dumps(text) == before

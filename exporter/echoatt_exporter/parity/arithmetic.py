@@ -50,7 +50,8 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
             if not any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
                 continue
             if isinstance(module, nn.Embedding):
-                # The rows that are looked up are converted, not the table
+                # The rows that are looked up are converted, not the table. A family that scales
+                # them does it in 16 bits, as in the bundle.
                 stack.callback(module.register_forward_hook(_widen_output).remove)
             else:
                 stack.enter_context(_replaced(module, widen))

@@ -133,7 +133,7 @@ def write_script(
     rows = tuple(add(tokens(length + _RAGGED_DECODE)) for length in lengths)
     rest = [length - done for length, done in zip(lengths, half, strict=True)]
     steps = (tuple(half), tuple(rest), *((1,) * len(rows),) * _RAGGED_DECODE)
-    # In itself a prefill, a second chunk, decoding and a batch: enough for the repetition, for which
+    # A prefill, a second chunk, decoding and a batch in one: enough for the repetition, for which
     # PyTorch has to round every weight anew
     ragged = Case("ragged batch", rows, steps)
     cases.append(ragged)

@@ -182,7 +182,7 @@ def _run_together(
 def _recorded_contexts(
     student: EchoAttForCausalLM, kept: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect what each layer gives its output projection at the positions ``kept``: [B, p, H·D]."""
+    """Collect what each layer gives its output projection at positions ``kept``: [B, p, H·D]."""
     recorded: list[torch.Tensor] = []
 
     def record(_module: nn.Module, arguments: tuple[torch.Tensor]) -> None:

@@ -51,7 +51,8 @@ def _number(value: float) -> str:
 
 
 def _allowed(tolerance: Tolerance) -> str:
+    basis = "" if tolerance.basis == "fixed" else f"; {tolerance.basis}"
     return (
-        f"allowed in {tolerance.name}: max |Δ| {tolerance.max_error:g} and rms Δ"
-        f" {tolerance.rms_error:g} of the logits' spread (their standard deviation), no NaN"
+        f"allowed in {tolerance.name}: max |Δ| {tolerance.max_error:.2g} and rms Δ"
+        f" {tolerance.rms_error:.2g} of the logits' spread (their standard deviation){basis}"
     )

@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from optimum.utils.save_utils import maybe_save_preprocessors
@@ -318,6 +318,8 @@ def _load(
             )
     except Exception as error:
         raise CheckpointError(f"{directory}: cannot be loaded ({_one_line(error)})") from error
+    if not isinstance(model, EchoAttForCausalLM):
+        _refuse_other_modules(directory, model)
     _refuse_misfits(directory, info)
     _refuse_stored_as_integers(directory, model, tensors)
     _refuse_non_finite(directory, model, own_dtype)
@@ -336,6 +338,19 @@ def _refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
     faults.extend(_one_line(message) for message in info["error_msgs"])
     if faults:
         raise CheckpointError(f"{directory}: tensors do not fit {CONFIG}: {'; '.join(faults)}")
+
+
+def _refuse_other_modules(directory: Path, model: PreTrainedModel) -> None:
+    """Refuse a trusted class of a known model type that is not built as transformers' own is."""
+    family = FAMILIES[model.config.model_type]
+    try:
+        for layer in cast(torch.nn.ModuleList, model.get_submodule(family.layers)):
+            layer.get_submodule(family.attention).get_submodule(family.output)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{directory}: its own {type(model).__name__} is not built like transformers'"
+            f" {model.config.model_type} ({_one_line(error)}); load it without trusting its code"
+        ) from error
 
 
 def _refuse_stored_as_integers(

@@ -6,6 +6,7 @@ beside a checkpoint and loaded without EchoAtt.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,7 +34,7 @@ class EchoAttConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # The dict that it may be given is the caller's and is read only
         if isinstance(self.text_config, dict):
-            self.text_config = dict(self.text_config)
+            self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             setattr(self, name, getattr(self.text_config, name, None))
