@@ -26,6 +26,7 @@ from echoatt_exporter.parity.arithmetic import (
 from echoatt_exporter.passes import QuantizeWeights
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
+from echoatt_runtime.errors import DamagedBundleError
 
 ROUNDED = "ragged batch, rounded weights"
 
@@ -163,6 +164,14 @@ def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
 
     assert not report.passed
     assert report.first_diverging_layer == 2
+
+
+def test_a_16_bit_bundle_without_its_weights_is_damaged(half: Any, write: Any) -> None:
+    path = write(ir.load(half.graph_file), half.manifest)
+    path.with_name(half.manifest.weights_file).unlink()
+
+    with pytest.raises(DamagedBundleError):
+        compare(half.reference, path)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])

@@ -27,8 +27,6 @@ class Mutant:
     spared: tuple[str, ...] = ()
 
 
-DECODE = ("prefill by 1", "decode of 8", "ragged batch")
-
 MUTANTS = {
     "two heads' probabilities swapped": Mutant(lambda m: mutants.swap_probability_heads(m, 1), 1),
     "the same in a follower": Mutant(lambda m: mutants.swap_probability_heads(m, 2), 2),
@@ -39,32 +37,38 @@ MUTANTS = {
     "one future token seen": Mutant(
         lambda m: mutants.see_one_future_token(m, 1, 2), 1, ("prefill by 1",)
     ),
-    "window one too wide": Mutant(lambda m: mutants.shift_window(m, SLIDING_WINDOW, 1), 0),
-    "window one too narrow": Mutant(lambda m: mutants.shift_window(m, SLIDING_WINDOW, -1), 0),
+    # Four tokens one by one do not fill the window
+    "window one too wide": Mutant(
+        lambda m: mutants.shift_window(m, SLIDING_WINDOW, 1), 0, ("prefill by 1",)
+    ),
+    "window one too narrow": Mutant(
+        lambda m: mutants.shift_window(m, SLIDING_WINDOW, -1), 0, ("prefill by 1",)
+    ),
     "wrong source": Mutant(lambda m: mutants.use_wrong_source(m, 2, 0), 2),
     "one token rotated further": Mutant(
         lambda m: mutants.rotate_one_token_further(m, 4), 0, ("prefill by 1",)
     ),
-    # Prefill one by one rotates every token too far, which no relative position shows
+    # Prefill one by one rotates every token too far, which no relative position shows; the last of
+    # the chunks of 13 has one token
     "decoded tokens rotated further": Mutant(
         mutants.rotate_decoded_tokens_further,
         0,
-        ("prefill", "prefill by 1", "prefill by 7", "context of 300 by 192"),
+        ("prefill", "prefill by 1", "context of 300 by 192"),
     ),
     "mask of the longest row": Mutant(
         mutants.mask_by_longest_row,
         0,
-        ("prefill", "prefill by 1", "prefill by 7", "decode of 8", "context of 300 by 192"),
+        ("prefill", "prefill by 1", "prefill by 13", "decode of 6", "context of 300 by 192"),
     ),
     "written to another row's place": Mutant(
         lambda m: mutants.write_to_first_rows_place(m, 1),
         1,
-        ("prefill", "prefill by 1", "prefill by 7", "decode of 8", "context of 300 by 192"),
+        ("prefill", "prefill by 1", "prefill by 13", "decode of 6", "context of 300 by 192"),
     ),
     "slots beyond a bucket lost": Mutant(
         lambda m: mutants.forget_after_bucket(m, 1, 256),
         1,
-        ("prefill", "prefill by 1", "prefill by 7", "decode of 8", "ragged batch"),
+        ("prefill", "prefill by 1", "prefill by 13", "decode of 6", "ragged batch"),
     ),
     "values 0.1 % too large": Mutant(
         lambda m: mutants.scale_weight(m, "model.layers.2.self_attn.v_proj.weight", 1.001), 2
@@ -77,8 +81,8 @@ MUTANTS = {
 CASES = (
     "prefill",
     "prefill by 1",
-    "prefill by 7",
-    "decode of 8",
+    "prefill by 13",
+    "decode of 6",
     "ragged batch",
     "context of 300 by 192",
 )

@@ -21,9 +21,9 @@ from echoatt_runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914
 _PREFILL_TOKENS = 40
-_CHUNK = 7
-_SINGLE_STEPS = 6
-_GREEDY_TOKENS = 8
+_CHUNK = 13
+_SINGLE_STEPS = 4
+_GREEDY_TOKENS = 6
 _RAGGED_TOKENS = 36
 _RAGGED_DECODE = 2
 # Does not divide a bucket, so that a chunk begins in one bucket of the caches and ends in the next

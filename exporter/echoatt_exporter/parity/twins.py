@@ -15,7 +15,8 @@ import onnxruntime
 
 from echoatt_exporter.passes._attention import find_attention
 from echoatt_runtime._onnx_metadata import read_metadata
-from echoatt_runtime.errors import DeviceError
+from echoatt_runtime.devices import one_line
+from echoatt_runtime.errors import DamagedBundleError, DeviceError
 from echoatt_runtime.manifest import Manifest
 from echoatt_runtime.session import Session, open_session
 
@@ -86,6 +87,8 @@ def open_bundle(
     if needs_float32(manifest, device):
         changes.append(_compute_in_float32)
         manifest = dataclasses.replace(manifest, dtype="fp32")
+    if manifest.dtype == "fp16" and device == "cpu":
+        changes.append(_multiply_16_bit_weights_in_float32)
     if exact:
         changes.append(_multiply_in_float32)
     if contexts:
@@ -98,14 +101,18 @@ def open_bundle(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.enable_mem_pattern = False
+    # Optimisers would do the conversions below when the model is loaded, and keep the results
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
-    ort_session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(),
-        options,
-        providers=[_PROVIDERS[device]],
-        # Folding the conversions below would keep a float32 copy of every weight
-        disabled_optimizers=["ConstantFolding"],
-    )
+    try:
+        ort_session = onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=[_PROVIDERS[device]]
+        )
+    except Exception as error:
+        # ONNX Runtime raises many types, which share no base but Exception
+        raise DamagedBundleError(
+            f"ONNX Runtime cannot load {path} ({one_line(error)}); export it again"
+        ) from error
     return Session(path, manifest, device, ort_session)
 
 
@@ -131,19 +138,73 @@ def _multiply_in_float32(model: ir.Model) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32_ACCURACY)
 
 
-def _compute_in_float32(model: ir.Model) -> None:
-    """Keep the bfloat16 weights, and convert each to float32 whenever it is used."""
+def _multiply_16_bit_weights_in_float32(model: ir.Model) -> None:
+    """Convert each 16-bit weight when it is multiplied by, with the operand and the result.
+
+    It is what ONNX Runtime does on a CPU, but for the float32 copy of every weight that it would
+    keep: a conversion depends on no input, and so all of them are done when the model is loaded or,
+    with optimisers off, at the start of every run. Inside a branch they wait for their turn.
+    """
     graph = model.graph
-    for node in graph:
+    always = ir.Value(
+        name="parity.always", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
+    )
+    always.const_value = ir.tensor(True, name=always.name)
+    graph.register_initializer(always)
+    for node in list(graph):
+        operand, weight = node.inputs if node.op_type == "MatMul" else (None, None)
+        if operand is None or weight is None or not weight.is_initializer():
+            continue
+        if weight.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            continue
+        old = node.outputs[0]
+        branches = {
+            name: _product(operand, weight, old, name) for name in ("then_branch", "else_branch")
+        }
+        late = ir.node("If", [always], branches, name=node.name)
+        late.outputs[0].type, late.outputs[0].shape = old.type, old.shape
+        graph.insert_before(node, late)
+        ir.convenience.replace_all_uses_with(old, late.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _product(operand: ir.Value, weight: ir.Value, result: ir.Value, branch: str) -> ir.Graph:
+    """A branch: the product of two values of the outer graph in float32, in the result's type."""
+    wide = [ir.node("Cast", [value], {"to": ir.DataType.FLOAT}) for value in (operand, weight)]
+    product = ir.node("MatMul", [node.outputs[0] for node in wide])
+    assert result.dtype is not None  # noqa: S101 - traced graphs are typed throughout
+    narrow = ir.node("Cast", [product.outputs[0]], {"to": result.dtype})
+    nodes = [*wide, product, narrow]
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"{result.name}.{branch}.{number}"
+    output = narrow.outputs[0]
+    output.type, output.shape = ir.TensorType(result.dtype), result.shape
+    return ir.Graph([], [output], nodes=nodes, name=f"{result.name}.{branch}")
+
+
+def _compute_in_float32(model: ir.Model) -> None:
+    """Turn a bfloat16 graph into a float32 one; the weights stay, and are converted when used."""
+    _multiply_16_bit_weights_in_float32(model)
+    graph = model.graph
+    for node in model.graph.all_nodes():
         if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.BFLOAT16:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
-    for weight in list(graph.initializers.values()):
-        if weight.dtype == ir.DataType.BFLOAT16:
-            widened = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})
-            ir.convenience.replace_all_uses_with(weight, widened.outputs[0])
-            widened.replace_input_with(0, weight)
-            graph.insert_before(graph[0], widened)
-    weights = set(graph.initializers.values())
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.dtype == ir.DataType.BFLOAT16 and value not in weights:
+    weights = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    for value in (*graph.inputs, *(o for node in graph.all_nodes() for o in node.outputs)):
+        if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
+    for weight in weights:
+        for node, index in weight.uses():
+            if node.op_type == "Cast":
+                continue
+            if node.op_type == "Gather":  # of the embedding table: convert what it looks up
+                looked_up = node.outputs[0]
+                looked_up.dtype = ir.DataType.BFLOAT16
+                widened = ir.node("Cast", [looked_up], {"to": ir.DataType.FLOAT})
+                ir.convenience.replace_all_uses_with(looked_up, widened.outputs[0])
+                widened.replace_input_with(0, looked_up)
+                graph.insert_after(node, widened)
+            else:
+                widened = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})
+                graph.insert_before(node, widened)
+                node.replace_input_with(index, widened.outputs[0])

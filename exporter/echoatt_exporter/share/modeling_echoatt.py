@@ -140,8 +140,12 @@ class MaterializedAttention:
         probabilities = probabilities.reshape(B, N, H // N * S, T)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer in self._lending:
-            self.probabilities[layer] = probabilities
+            self.lend(layer, probabilities)
         return _context(probabilities, value_BNTD, S, dropout)
+
+    def lend(self, layer: int, probabilities: torch.Tensor) -> None:
+        """Keep a source's probabilities [B, N, G·S, T] for its followers."""
+        self.probabilities[layer] = probabilities
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
         """See :meth:`SharedAttention.follow`."""

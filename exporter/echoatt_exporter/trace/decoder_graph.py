@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.trace.layer_kinds import LayerKinds, layers_of
+from echoatt_exporter.trace.markers import MarkedAttention, marked_layers
 from echoatt_exporter.trace.scatter_cache import ScatterCache
 from echoatt_runtime.manifest import Manifest
 
@@ -24,11 +26,14 @@ class DecoderGraph(nn.Module):
     layers.
     """
 
-    def __init__(self, student: EchoAttForCausalLM, manifest: Manifest) -> None:
+    def __init__(
+        self, student: EchoAttForCausalLM, manifest: Manifest, kinds: LayerKinds
+    ) -> None:
+        """Wrap a student whose decoder runs the templates of ``kinds`` only."""
         super().__init__()
         self.decoder = student.decoder
-        self._sources = student.sources
         self._manifest = manifest
+        self._kinds = kinds
 
     def forward(
         self,
@@ -43,31 +48,34 @@ class DecoderGraph(nn.Module):
             input_ids: int64 [B, S].
             past_lengths: int64 [B], valid tokens of each row.
             logits_indices: int64 [B, n], the positions in this call whose logits are wanted.
-            past: caches [B, N, T, D] in the contract's order: by layer key then value, a follower's
-                value only.
+            past: the templates' caches [B, N, T, D] in the contract's order: by layer key then
+                value, a follower's value only.
 
         Returns:
             Logits, float32 [B, n, V], and the updated caches in the same order.
         """
         by_layer = iter(past)
-        pairs = [
-            (None if layer != source else next(by_layer), next(by_layer))
-            for layer, source in enumerate(self._sources)
-        ]
-        cache = ScatterCache(pairs, past_lengths)
+        caches = {
+            layer: (None if self._manifest.is_follower(layer) else next(by_layer), next(by_layer))
+            for layer in self._kinds.templates
+        }
+        cache = ScatterCache(caches, past_lengths)
         positions = past_lengths[:, None] + torch.arange(input_ids.shape[1])[None]
-        with _only_wanted_rows(self.decoder.get_output_embeddings(), logits_indices):
+        with (
+            _only_wanted_rows(self.decoder.get_output_embeddings(), logits_indices),
+            marked_layers(layers_of(self.decoder), self._kinds.templates),
+        ):
             logits = self.decoder(
                 input_ids=input_ids,
                 position_ids=positions,
                 attention_mask=self._masks(positions, capacity=past[0].shape[2]),
                 past_key_values=cache,
                 use_cache=True,
-                shared_attention=MaterializedAttention(self._sources),
+                shared_attention=MarkedAttention(self._kinds.sources),
             ).logits
         presents = [
             buffer
-            for layer in range(len(self._sources))
+            for layer in self._kinds.templates
             for buffer in cache.present[layer]
             if buffer is not None
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class ScatterCache:
 
     def __init__(
         self,
-        past: Sequence[tuple[torch.Tensor | None, torch.Tensor]],
+        past: Mapping[int, tuple[torch.Tensor | None, torch.Tensor]],
         past_lengths: torch.Tensor,
     ) -> None:
         """Wrap the buffers.

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 
-from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
 from echoatt_exporter.trace.decoder_graph import DecoderGraph
+from echoatt_exporter.trace.lay_out import lay_out_layers
+from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
-from echoatt_runtime.manifest import INPUT_IDS, LOGITS_INDICES, PAST_LENGTHS, Manifest
+from echoatt_runtime.manifest import INPUT_IDS, LOGITS, LOGITS_INDICES, PAST_LENGTHS, Manifest
 
 # Sizes of the example that is traced. No two may be equal: torch gives equal sizes one symbol.
 _EXAMPLE = {"batch": 2, "seq": 3, "n": 5, "capacity": 16}
@@ -31,6 +33,9 @@ _AXES = {
 def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     """Trace a student into a graph with the contract's inputs and outputs.
 
+    torch takes seconds for a layer, because it reasons about every symbolic size. Layers that differ
+    in their weights only are therefore traced once, and laid out with each one's own weights.
+
     The weights are not copied: the model's tensors stay memory-mapped or where they are, until the
     graph is written.
 
@@ -41,11 +46,28 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     Returns:
         The graph by the contract, before any pass of ours.
     """
+    kinds = find_layer_kinds(student, manifest)
+    decoder = student.decoder
+    layers = layers_of(decoder)
+    cache_names = [
+        name for name in manifest.cache_names if int(name.partition(".")[0]) in kinds.templates
+    ]
+    with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
+        model = _trace(DecoderGraph(student, manifest, kinds), manifest, cache_names, student.dtype)
+    _name_dimensions(model)
+    prefix = f"decoder.{FAMILIES[manifest.family].layers}."
+    lay_out_layers(model, manifest, kinds, layers, prefix)
+    simplify(model)
+    return model
+
+
+def _trace(
+    module: DecoderGraph, manifest: Manifest, cache_names: list[str], dtype: torch.dtype
+) -> ir.Model:
+    """Run torch's exporter on a module with the contract's inputs and some of its caches."""
     sizes = _EXAMPLE
-    cache_shape = (
-        sizes["batch"], manifest.num_kv_heads, sizes["capacity"], manifest.head_dim,
-    )  # fmt: skip
-    caches = [torch.zeros(cache_shape, dtype=student.dtype) for _ in manifest.past_names]
+    shape = (sizes["batch"], manifest.num_kv_heads, sizes["capacity"], manifest.head_dim)
+    caches = [torch.zeros(shape, dtype=dtype) for _ in cache_names]
     example = (
         torch.zeros((sizes["batch"], sizes["seq"]), dtype=torch.int64),
         torch.tensor([4, 2]),
@@ -59,24 +81,21 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
         {0: batch, 1: n},
         [{0: batch, 2: capacity} for _ in caches],
     )
-    module = DecoderGraph(student, manifest).eval()
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            module,
-            example,
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET_VERSION,
-            dynamic_shapes=dynamic_shapes,
-            input_names=list(manifest.input_names),
-            output_names=list(manifest.output_names),
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        module.eval(),
+        example,
+        dynamo=True,
+        optimize=False,
+        opset_version=OPSET_VERSION,
+        dynamic_shapes=dynamic_shapes,
+        input_names=[
+            INPUT_IDS, PAST_LENGTHS, LOGITS_INDICES, *(f"past_key_values.{c}" for c in cache_names)
+        ],
+        output_names=[LOGITS, *(f"present.{c}" for c in cache_names)],
+        verbose=False,
+    )  # fmt: skip
     assert program is not None  # noqa: S101 - so it is with dynamo=True
-    model = program.model
-    _name_dimensions(model)
-    simplify(model)
-    return model
+    return program.model
 
 
 def _name_dimensions(model: ir.Model) -> None:
