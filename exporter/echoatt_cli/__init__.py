@@ -1,7 +1,7 @@
 """The command line: ``echoatt`` and ``echoatt-export``, one file a subcommand.
 
-A package of its own, so that ``echoatt generate`` starts without importing torch: importing anything
-below ``echoatt_exporter`` registers the student with transformers, and that takes torch along.
+A package of its own, so that ``echoatt generate`` starts without importing torch: importing
+anything below ``echoatt_exporter`` registers the student with transformers, which takes torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INTERRUPTED = 130
 
 
 def _command(name: str) -> ModuleType:
-    """A subcommand's module: HELP, ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+    """A subcommand's module: ``HELP``, ``add_arguments(parser)``, ``run(arguments) -> code``."""
     return importlib.import_module(f"echoatt_cli.{name}")
 
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from echoatt_exporter import ExportReport
 from echoatt_exporter.parity.table import format_report
 
-console = Console()
+# Tables keep their numbers whole where nobody's window sets a width
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 _STEPS = {
     "load": "loading the checkpoint",
@@ -76,7 +77,9 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
 def _plan_line(report: ExportReport) -> str:
     """The plan, drawn as one sign a layer: a source as ●, a follower as its source's number."""
     sources = report.manifest.sources
-    signs = " ".join("●" if layer == source else str(source) for layer, source in enumerate(sources))
+    signs = " ".join(
+        "●" if layer == source else str(source) for layer, source in enumerate(sources)
+    )
     followers = sum(layer != source for layer, source in enumerate(sources))
     return (
         f"plan: {signs}   ({followers} of {len(sources)} layers follow,"
@@ -85,15 +88,17 @@ def _plan_line(report: ExportReport) -> str:
 
 
 def _passes_table(report: ExportReport) -> Table:
+    """What each pass that found something to do removed (-) or added (+), and why it ran."""
     table = Table(title="graph passes", title_justify="left")
     table.add_column("pass")
+    table.add_column("why")
     for name in ("nodes", "parameters", "bytes"):
         table.add_column(name, justify="right")
     for entry in report.passes:
-        table.add_row(
-            entry.name,
-            f"{entry.after.nodes - entry.before.nodes:+,}",
-            f"{entry.after.parameters - entry.before.parameters:+,}",
-            f"{entry.after.bytes - entry.before.bytes:+,}",
-        )
+        changes = [
+            getattr(entry.after, name) - getattr(entry.before, name)
+            for name in ("nodes", "parameters", "bytes")
+        ]
+        if entry.modified:
+            table.add_row(entry.name, entry.why, *(f"{change:+,}" for change in changes))
     return table

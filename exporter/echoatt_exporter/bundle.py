@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 from optimum.utils.save_utils import maybe_save_preprocessors
 
 from echoatt_exporter.errors import ExportError, OutputExistsError
@@ -28,8 +29,10 @@ from echoatt_runtime.manifest import METADATA_KEY, Manifest, Verification
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
-# Tensors up to this size stay in the model file: shapes and scalars, which the runtime needs at once.
+# Tensors up to this size stay in the model file: shapes and scalars, needed at once.
 _INLINE_BYTES = 1024
+
+_CUDA = "CUDAExecutionProvider"
 
 # Bounds what is held in memory while lazily evaluated weights are written.
 _IN_FLIGHT_BYTES = 256 * 2**20
@@ -47,7 +50,7 @@ class BundlePath:
 
     @classmethod
     def of(cls, out: str | Path) -> BundlePath:
-        """Read the command line's OUT: a ``.onnx`` file, or a directory that gets ``model.onnx``."""
+        """Read a command line's OUT: a ``.onnx`` file, or a directory for ``model.onnx``."""
         path = Path(out)
         return cls(path if path.suffix == ".onnx" else path / "model.onnx")
 
@@ -71,7 +74,9 @@ class BundlePath:
         try:
             self.model.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ExportError(f"{self.model.parent}: cannot make the directory ({error})") from error
+            raise ExportError(
+                f"{self.model.parent}: cannot make the directory ({error})"
+            ) from error
 
 
 def write_bundle(
@@ -117,7 +122,7 @@ def write_bundle(
             verification=None,
         )
         _stamp(staged.model, manifest)
-        check_file(staged.model)
+        check_file(staged.model, _checking_provider(manifest))
         manifest = dataclasses.replace(manifest, verification=verify(staged.model))
         _stamp(staged.model, manifest)
         _publish(staged, out)
@@ -163,6 +168,15 @@ def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], N
     )
     # A graph without a single large tensor still has the file that its manifest names
     staged.weights.touch()
+
+
+def _checking_provider(manifest: Manifest) -> str | None:
+    """The execution provider that loads the written file for the check."""
+    available = onnxruntime.get_available_providers()
+    if manifest.device == "cuda" and _CUDA in available:
+        return _CUDA
+    # The CPU provider has no bfloat16 MatMul
+    return None if manifest.dtype == "bf16" else "CPUExecutionProvider"
 
 
 def _stamp(path: Path, manifest: Manifest) -> None:

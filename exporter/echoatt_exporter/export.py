@@ -27,8 +27,8 @@ from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_
 from echoatt_exporter.passes import PassReport, export_pipeline, run_pipeline
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import checkpoint_digest, load_student
-from echoatt_exporter.trace.tracer import trace_student
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.trace.tracer import trace_student
 from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint, Verification
 from echoatt_runtime.session import find_model, read_manifest
 

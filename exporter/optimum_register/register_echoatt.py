@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from echoatt_cli import run_command
-from echoatt_cli.export import HELP, add_arguments
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
+
+from echoatt_cli import run_command
+from echoatt_cli.export import HELP, add_arguments
 
 
 class EchoAttExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped

@@ -6,15 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.tiny_models import VOCAB_SIZE, build_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from echoatt_cli import main
 from echoatt_exporter import rewrite_bundle
-from tests.tiny_models import VOCAB_SIZE, build_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,14 @@ def shared(exported: tuple[Path, dict[str, object]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """``run(*arguments)``: exit code, standard output and standard error of ``echoatt``."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
-    yield call
+    return call
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny_models import TINY_MODELS, build_tiny_model
 
 from echoatt_exporter import SharingPlan, export_bundle
-from tests.tiny_models import TINY_MODELS, build_tiny_model
 
 # smollm3's fourth layer is the first without rotary embedding that lends its probabilities
 _LAYERS = {"smollm3": 5}

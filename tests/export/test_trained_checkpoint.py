@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.oracle_llama import LlamaOracle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from echoatt_exporter import ExportReport, export_bundle, load_student, rewrite_bundle
 from echoatt_runtime import EchoModel, SamplingParams
-from tests.oracle_llama import LlamaOracle
 
 PROMPTS = ("Once upon a time", "Lily and Ben went to the park", "The big dog was sad because")
 PAIRS = "2:1,3:1"
@@ -99,9 +99,7 @@ def test_both_routes_write_the_same_bundle(
 ) -> None:
     rewritten = rewrite_bundle(unshared.model, tmp_path / "out.onnx", PAIRS)
     assert rewritten.parameters == shared.parameters
-    expected = dataclasses.replace(
-        shared.manifest, verification=None, weights_file="out.onnx.data"
-    )
+    expected = dataclasses.replace(shared.manifest, verification=None, weights_file="out.onnx.data")
     assert rewritten.manifest == expected
     tokens = list(range(3, 60))
     np.testing.assert_allclose(

@@ -49,8 +49,8 @@ def test_rendering_agrees_with_transformers(byte_tokenizer, tokenizer_with, temp
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer,
-        bos_token="<s>",  # noqa: S106  a token of text
-        eos_token="</s>",  # noqa: S106
+        bos_token="<s>",
+        eos_token="</s>",
         chat_template=template,
     )
     expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)

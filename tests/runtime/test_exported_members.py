@@ -32,7 +32,7 @@ EXPORTED = [
 
 
 def run_python(program, *arguments):
-    return subprocess.run(  # noqa: S603  this interpreter
+    return subprocess.run(
         [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,

@@ -122,7 +122,7 @@ def test_loading_and_running_is_silent(bundle):
         "import sys; from echoatt_runtime import EchoModel, SamplingParams\n"
         "EchoModel.load(sys.argv[1]).generate('a', SamplingParams(max_new_tokens=2))"
     )
-    done = subprocess.run(  # noqa: S603  this interpreter
+    done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(bundle)],
         capture_output=True,
         text=True,

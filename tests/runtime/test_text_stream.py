@@ -19,7 +19,7 @@ def byte_fallback_tokenizer():
         models.BPE(
             vocab={piece: token for token, piece in enumerate(pieces)},
             merges=[],
-            unk_token="<unk>",  # noqa: S106  a token of text
+            unk_token="<unk>",
             byte_fallback=True,
         )
     )

@@ -150,9 +150,7 @@ def test_distributed_data_parallel_averages_gradients(tmp_path: Path) -> None:
     """Two processes, each with its own rows, end with the gradients of the mean of both."""
     command = [sys.executable, "-m", "tests.share.ddp_worker", str(tmp_path)]
     workers = [
-        subprocess.Popen(  # noqa: S603 - our own module
-            [*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     try:

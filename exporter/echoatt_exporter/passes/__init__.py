@@ -12,6 +12,7 @@ from echoatt_exporter.passes.quantize_weights import QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import GraphSize, PassReport, PassStep, run_pipeline
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
+from echoatt_exporter.passes.share_tied_table import ShareTiedTable
 
 __all__ = [
     "CheckContract",
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveDeadBranches",
     "RewireProbabilities",
+    "ShareTiedTable",
     "check_file",
     "export_pipeline",
     "run_pipeline",

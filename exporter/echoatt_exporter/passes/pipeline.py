@@ -24,6 +24,7 @@ from echoatt_exporter.passes.quantize_weights import QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import PassStep
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
+from echoatt_exporter.passes.share_tied_table import ShareTiedTable
 from echoatt_runtime.manifest import Manifest
 
 # Constants of shapes and axes are this small; norms of real models are not, and stay apart.
@@ -97,6 +98,13 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             PassStep(
                 transform=QuantizeWeights(_BITS[manifest.dtype]),
                 why="after packing, so that each packed weight is quantised once",
+            )
+        )
+    else:
+        steps.append(
+            PassStep(
+                transform=ShareTiedTable(),
+                why="a tied LM head needs no copy; a quantised one has weights of its own",
             )
         )
     steps += [

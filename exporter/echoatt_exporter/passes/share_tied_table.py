@@ -74,8 +74,7 @@ class ShareTiedTable(RewritePass):
             and tuple(value.const_value.shape.numpy()) == shape
             and any(use.node.op_type == "Gather" and use.idx == 0 for use in value.uses())
         ]
-        elements = transposed.numpy().T if candidates else None
         for value in candidates:
-            if np.array_equal(weight_of(value).numpy(), elements):
+            if np.array_equal(weight_of(value).numpy(), transposed.numpy().T):
                 return value
         raise NoMatch("no embedding table equals it")

@@ -26,9 +26,7 @@ class DecoderGraph(nn.Module):
     layers.
     """
 
-    def __init__(
-        self, student: EchoAttForCausalLM, manifest: Manifest, kinds: LayerKinds
-    ) -> None:
+    def __init__(self, student: EchoAttForCausalLM, manifest: Manifest, kinds: LayerKinds) -> None:
         """Wrap a student whose decoder runs the templates of ``kinds`` only."""
         super().__init__()
         self.decoder = student.decoder

@@ -52,7 +52,7 @@ def lay_out_layers(
     """
     graph = model.graph
     markers = {
-        (node.op_type, node.attributes.get_int("layer")): node
+        (node.op_type, node.attributes["layer"].as_int()): node
         for node in graph
         if node.domain == DOMAIN
     }
@@ -119,7 +119,7 @@ def lay_out_layers(
 
 def _template(
     graph: ir.Graph,
-    markers: Mapping[tuple[str, int | None], ir.Node],
+    markers: Mapping[tuple[str, int], ir.Node],
     layer: int,
     prefix: str,
     source: int,
@@ -157,9 +157,7 @@ def _template(
     )
 
 
-def _between(
-    graph: ir.Graph, own: set[ir.Value], targets: Sequence[ir.Value]
-) -> list[ir.Node]:
+def _between(graph: ir.Graph, own: set[ir.Value], targets: Sequence[ir.Value]) -> list[ir.Node]:
     """The nodes on the way from a layer's own inputs and weights to what it gives.
 
     What does not depend on them (masks, rotary angles, sizes) is computed once for all layers. No

@@ -15,7 +15,7 @@ class ScatterCache:
     """Stands in for a transformers cache while a decoder is traced.
 
     New keys and values are written into fixed-size buffers at each row's own position, and what a
-    layer attends to is the whole buffer; the mask hides the rest. Nothing is ever concatenated, so a
+    layer attends to is the whole buffer; the mask hides the rest. Nothing is concatenated, so a
     runtime that binds one buffer to input and output copies nothing.
 
     Attributes:

@@ -33,8 +33,8 @@ _AXES = {
 def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     """Trace a student into a graph with the contract's inputs and outputs.
 
-    torch takes seconds for a layer, because it reasons about every symbolic size. Layers that differ
-    in their weights only are therefore traced once, and laid out with each one's own weights.
+    torch takes seconds for a layer, because it reasons about every symbolic size. Layers that
+    differ in their weights only are therefore traced once, and laid out with each one's own.
 
     The weights are not copied: the model's tensors stay memory-mapped or where they are, until the
     graph is written.
