@@ -11,10 +11,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-)
 from tests.parity import mutants
 
 from echoatt_exporter.parity import compare, record_reference
@@ -24,6 +20,7 @@ from echoatt_exporter.parity.arithmetic import (
     round_trip,
 )
 from echoatt_exporter.passes import QuantizeWeights
+from echoatt_exporter.passes.quantize_weights import BLOCK_SIZE, quantize_blocks
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 from echoatt_runtime.errors import DamagedBundleError
@@ -79,15 +76,12 @@ def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
 def test_weights_that_lost_more_bits_fail_their_bound(sliding: Any, write: Any) -> None:
     manifest = dataclasses.replace(sliding.manifest, dtype="int8")
     reference = record_reference(sliding.student, manifest, tokenizer_dir=None)
-    quantizer = DefaultWeightOnlyQuantizer(
-        DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, bits=4)
-    )
     model = ir.load(sliding.graph_file)
     for name, weight in model.graph.initializers.items():
         if name.endswith("proj.weight"):
             assert weight.const_value is not None
             values_NK = np.ascontiguousarray(weight.const_value.numpy().T)
-            weight.const_value = ir.Tensor(round_trip(values_NK, quantizer).T.copy(), name=name)
+            weight.const_value = ir.Tensor(round_trip(values_NK, 4).T.copy(), name=name)
 
     report = compare(reference, write(_quantise(model, "int8"), manifest))
 
@@ -99,12 +93,9 @@ def test_weights_that_lost_more_bits_fail_their_bound(sliding: Any, write: Any) 
 def test_rounded_weights_are_those_that_the_operator_multiplies_by(
     bits: Literal[4, 8], inputs: int
 ) -> None:
-    outputs, block = 5, 32
+    outputs, block = 5, BLOCK_SIZE
     weight_NK = np.random.default_rng(0).normal(size=(outputs, inputs)).astype(np.float32)
-    quantizer = DefaultWeightOnlyQuantizer(
-        DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=bits)
-    )
-    packed = quantizer.qbits_block_quant(np.ascontiguousarray(weight_NK.T))
+    packed = quantize_blocks(weight_NK.T, bits, block, symmetric=False)
     names = ["q", "s", "z"]
     make = onnx.helper
     node = make.make_node(
@@ -129,7 +120,7 @@ def test_rounded_weights_are_those_that_the_operator_multiplies_by(
 
     (found_KN,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
 
-    expected_NK = round_trip(weight_NK, quantizer)
+    expected_NK = round_trip(weight_NK, bits)
     np.testing.assert_allclose(found_KN.T, expected_NK, atol=1e-6)
     assert np.abs(expected_NK - weight_NK).max() > 1e-3
 

@@ -94,7 +94,7 @@ def test_a_weight_wider_than_a_portion_is_the_same(model_of, monkeypatch):
     weight = RNG.standard_normal((40, 30)).astype(np.float32)
     whole, portions = product(model_of, weight), product(model_of, weight)
     QuantizeWeights(4)(whole)
-    monkeypatch.setattr("echoatt_exporter.passes.quantize_weights._COLUMNS_AT_ONCE", 7)
+    monkeypatch.setattr("echoatt_exporter.passes.quantize_weights.COLUMNS_AT_ONCE", 7)
     QuantizeWeights(4)(portions)
     for index in (1, 2, 3):
         first, second = (next(iter(m.graph)).inputs[index] for m in (whole, portions))

@@ -15,15 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-)
 from torch import nn
 
-# As in the QuantizeWeights pass; the two must agree, and parity of a quantised bundle says so.
-_BLOCK_SIZE = 32
-_COLUMNS_AT_ONCE = 4096
+from echoatt_exporter.passes.quantize_weights import BLOCK_SIZE, COLUMNS_AT_ONCE, quantize_blocks
 
 _Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -64,14 +58,11 @@ def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
 
     Every :class:`torch.nn.Linear` is quantised, the LM head too; a tied embedding table is not.
     """
-    quantizer = DefaultWeightOnlyQuantizer(
-        DefaultWeightOnlyQuantConfig(block_size=_BLOCK_SIZE, is_symmetric=False, bits=bits)
-    )
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name != "weight":
             return weight
-        return torch.from_numpy(round_trip(weight.numpy(force=True), quantizer))
+        return torch.from_numpy(round_trip(weight.numpy(force=True), bits))
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -80,18 +71,15 @@ def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
         yield
 
 
-def round_trip(
-    weight_NK: npt.NDArray[np.float32], quantizer: DefaultWeightOnlyQuantizer
-) -> npt.NDArray[np.float32]:
-    """Quantise a weight and give the values back that it then stands for."""
-    config = quantizer.config
+def round_trip(weight_NK: npt.NDArray[np.float32], bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
+    """Quantise a weight as the QuantizeWeights pass does; give what it then stands for."""
     parts = []
-    for begin in range(0, len(weight_NK), _COLUMNS_AT_ONCE):
-        weight_KN = np.ascontiguousarray(weight_NK[begin : begin + _COLUMNS_AT_ONCE].T)
-        packed, scales, zero_points = quantizer.qbits_block_quant(weight_KN)
+    for begin in range(0, len(weight_NK), COLUMNS_AT_ONCE):
+        weight_KN = weight_NK[begin : begin + COLUMNS_AT_ONCE].T
+        packed, scales, zero_points = quantize_blocks(weight_KN, bits, BLOCK_SIZE, False)
         N, J, _ = packed.shape
-        levels_NJK = _unpack(packed.reshape(N, -1), config.bits).reshape(N, J, config.block_size)
-        zeros_NJ1 = _unpack(zero_points.reshape(N, -1), config.bits)[:, :J, None]
+        levels_NJK = _unpack(packed.reshape(N, -1), bits).reshape(N, J, BLOCK_SIZE)
+        zeros_NJ1 = _unpack(zero_points, bits)[:, :J, None]
         parts.append(((levels_NJK - zeros_NJ1) * scales.reshape(N, J, 1)).reshape(N, -1))
     # The last block is padded where K is not a whole number of blocks
     return np.concatenate(parts)[:, : weight_NK.shape[1]]

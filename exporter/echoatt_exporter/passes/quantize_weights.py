@@ -32,7 +32,8 @@ from echoatt_exporter.passes._weights import add_lazy, weight_of
 _DOMAIN = "com.microsoft"
 _OPSET = 1
 # Columns are quantised independently, so a few at a time give the same result in less memory.
-_COLUMNS_AT_ONCE = 4096
+COLUMNS_AT_ONCE = 4096
+BLOCK_SIZE = 32
 _ACTIVATION_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -60,7 +61,7 @@ class QuantizeWeights(RewritePass):
     def __init__(
         self,
         bits: Literal[4, 8],
-        block_size: int = 32,
+        block_size: int = BLOCK_SIZE,
         accuracy_level: int = 4,
         symmetric: bool = False,
     ) -> None:
@@ -163,32 +164,45 @@ class _QuantizedWeight:
     def _quantize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         weight_KN = self._tensor.numpy()
         pieces = [
-            self._quantize_columns(weight_KN[:, begin : begin + _COLUMNS_AT_ONCE])
-            for begin in range(0, weight_KN.shape[1], _COLUMNS_AT_ONCE)
+            quantize_blocks(
+                weight_KN[:, begin : begin + COLUMNS_AT_ONCE],
+                self._bits,
+                self._block_size,
+                self._symmetric,
+            )
+            for begin in range(0, weight_KN.shape[1], COLUMNS_AT_ONCE)
         ]
         packed, scales, zero_points = (np.concatenate(part) for part in zip(*pieces, strict=True))
         return packed, scales.astype(weight_KN.dtype), zero_points
 
-    def _quantize_columns(self, weight_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, columns = weight_KN.shape
-        blocks, blob, packed_points = _block_sizes(rows, self._bits, self._block_size)
-        padding = blocks * self._block_size - rows
-        weight_KN = np.pad(weight_KN.astype(np.float32), ((0, padding), (0, 0)))
-        packed = np.zeros((columns, blocks, blob), np.uint8)
-        scales = np.zeros((columns, blocks), np.float32)
-        zero_points = np.zeros((columns, packed_points), np.uint8)
-        quantize = quantize_matmul_4bits if self._bits == 4 else quantize_matmul_8bits
-        quantize(
-            packed,
-            np.ascontiguousarray(weight_KN),
-            scales,
-            zero_points,
-            self._block_size,
-            columns,
-            rows,
-            self._symmetric,
-        )
-        return packed, scales, zero_points
+
+def quantize_blocks(
+    weight_KN: np.ndarray, bits: int, block_size: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantise a weight by ONNX Runtime's own quantiser, in blocks of rows.
+
+    Returns:
+        Packed bits uint8 [N, J, blob], scales float32 [N, J], zero points uint8 [N, packed J].
+    """
+    rows, columns = weight_KN.shape
+    blocks, blob, packed_points = _block_sizes(rows, bits, block_size)
+    padding = blocks * block_size - rows
+    weight_KN = np.pad(weight_KN.astype(np.float32), ((0, padding), (0, 0)))
+    packed = np.zeros((columns, blocks, blob), np.uint8)
+    scales = np.zeros((columns, blocks), np.float32)
+    zero_points = np.zeros((columns, packed_points), np.uint8)
+    quantize = quantize_matmul_4bits if bits == 4 else quantize_matmul_8bits
+    quantize(
+        packed,
+        np.ascontiguousarray(weight_KN),
+        scales,
+        zero_points,
+        block_size,
+        columns,
+        rows,
+        symmetric,
+    )
+    return packed, scales, zero_points
 
 
 def _block_sizes(rows: int, bits: int, block_size: int) -> tuple[int, int, int]:
