@@ -58,7 +58,7 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         print(report.to_json())
         return
-    console.print(_plan_line(report))
+    console.print(_plan_line(report), highlight=False)
     console.print(_passes_table(report))
     if report.parity is not None:
         console.print(format_report(report.parity))

@@ -246,6 +246,11 @@ REFUSED = {
         {},
         "not the first half",
     ),
+    "upper half begins early": (
+        "five = Constant<value_ints=[5]>()\n" + ROTATION.replace("half, end", "two, five"),
+        {},
+        "not the second half",
+    ),
     "product used elsewhere": (
         ROTATION + "z = Neg(crossed)",
         {"extra": ", float[b,2,t,6] z"},

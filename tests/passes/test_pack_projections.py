@@ -72,6 +72,20 @@ def test_a_residual_addition_is_no_bias(model_of, evaluate, ops, difference):
     assert difference(before, evaluate(model, X)) < 1e-5
 
 
+def test_a_vector_that_varies_is_no_bias(model_of, evaluate, ops, difference):
+    model = model_of(
+        "g (float[b,s,16] x, float[16,4] wk, float[16,4] wv, float[4] bk, float[4] given)\n"
+        "=> (float[b,s,4] k, float[b,s,4] v) {\n"
+        "k0 = MatMul(x, wk)\n k = Add(k0, bk)\n v0 = MatMul(x, wv)\n v = Add(v0, given) }",
+        {name: WEIGHTS[name] for name in ("wk", "wv", "bk")},
+    )
+    feeds = X | {"given": np.arange(4, dtype=np.float32)}
+    before = evaluate(model, feeds)
+    assert PackProjections()(model).modified
+    assert ops(model) == {"MatMul": 1, "Add": 2, "Split": 1}
+    assert difference(before, evaluate(model, feeds)) < 1e-5
+
+
 def test_the_weight_is_not_put_together_before_it_is_needed(model_of):
     model = projections(model_of, PLAIN)
     reads = []

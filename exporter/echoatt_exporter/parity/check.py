@@ -14,12 +14,11 @@ from echoatt_exporter.errors import CheckpointError, PlanError
 from echoatt_exporter.parity.compare import compare
 from echoatt_exporter.parity.reference import record_reference
 from echoatt_exporter.parity.report import ParityReport
-from echoatt_exporter.parity.twins import read_manifest
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import load_student
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import find_model
+from echoatt_runtime.session import find_model, read_manifest
 
 # Weights are rounded before PyTorch computes with them, as they were before they were traced;
 # block quantisation starts from float32.

@@ -27,10 +27,9 @@ from echoatt_exporter.parity.twins import (
     describe,
     needs_float32,
     open_bundle,
-    read_manifest,
 )
 from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import Session
+from echoatt_runtime.session import Session, read_manifest
 
 _Doubles = npt.NDArray[np.float64]
 

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import onnxruntime
 
 from echoatt_exporter.passes._attention import find_attention
-from echoatt_runtime._onnx_metadata import read_metadata
 from echoatt_runtime.devices import one_line
 from echoatt_runtime.errors import DamagedBundleError, DeviceError
 from echoatt_runtime.manifest import Manifest
@@ -27,15 +26,6 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FLOAT32_ACCURACY = 1
 
 Change = Callable[[ir.Model], None]
-
-
-def read_manifest(path: Path) -> Manifest:
-    """A bundle's manifest, without its weights.
-
-    Raises:
-        BundleError: not an ONNX file, or none with a manifest that this version understands.
-    """
-    return Manifest.from_metadata(read_metadata(path), str(path))
 
 
 def choose_device(manifest: Manifest, path: Path) -> str:

@@ -193,7 +193,7 @@ def _match_partial(add: ir.Node, x: ir.Value) -> _Partial | None:
     if first is None or first.op_type != "Slice" or len(uses) != 1:
         return None
     joined = uses[0].node
-    if joined.op_type != "Concat" or len(joined.inputs) != 2 or uses[0].idx != 0:
+    if joined.op_type != "Concat" or len(joined.inputs) != 2:
         return None
     rest = given(joined.inputs[1]).producer()
     head = given(first.inputs[0])
