@@ -36,7 +36,7 @@ demo: $(STAMP)
 		--temperature 0.6 --top-p 0.9 --seed 1 --max-new-tokens 100
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

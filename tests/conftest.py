@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
     from echoatt_exporter.plan import SharingPlan
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares an exported model, where pytest-xdist spreads the tests.
+
+    The families' tests share nothing and take longest, so each goes to whoever is free.
+    """
+    for item in items:
+        if item.path.name != "test_families.py" or item.path.parent.name != "export":
+            shares = item.path.parent if item.path.parent.name == "parity" else item.path
+            item.add_marker(pytest.mark.xdist_group(str(shares)))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -7,52 +7,54 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, every_family
 
 from echoatt_exporter import SharingPlan, assert_parity, export_bundle, rewrite_bundle
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
 from echoatt_runtime import EchoModel
+from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 TOKENS = np.random.default_rng(0).integers(3, VOCAB_SIZE, 48).tolist()
+VARIANTS = [name for name in TINY_MODELS if name not in FAMILIES]
 
 
 def test_every_supported_family_has_a_tiny_model() -> None:
     assert {tiny.family for tiny in TINY_MODELS.values()} == set(FAMILIES)
 
 
-@every_family
-def test_unshared_export_and_its_rewrite_agree_with_pytorch(
-    family: str,
-    short_checkpoint: Callable[[str], Path],
-    short_plan: Callable[[str], SharingPlan],
-    tmp_path: Path,
-) -> None:
-    checkpoint, plan = short_checkpoint(family), short_plan(family)
-    unshared, rewritten = tmp_path / "unshared.onnx", tmp_path / "rewritten.onnx"
+def _export_and_rewrite(checkpoint: Path, plan: SharingPlan, directory: Path) -> tuple[Path, int]:
+    """Both ratios on one route: export unshared, then share in the graph; each against PyTorch."""
+    unshared, rewritten = directory / "unshared.onnx", directory / "rewritten.onnx"
     report = export_bundle(checkpoint, unshared)
     assert report.manifest.sources == SharingPlan.unshared(plan.num_layers).sources
     assert report.parity is not None
     assert report.parity.passed
-    rewrite_bundle(unshared, rewritten, plan)
+    rewrite = rewrite_bundle(unshared, rewritten, plan)
     assert_parity(checkpoint, rewritten, plan)
+    return rewritten, rewrite.parameters
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_agrees_with_pytorch(
+    variant: str,
+    short_checkpoint: Callable[[str], Path],
+    short_plan: Callable[[str], SharingPlan],
+    tmp_path: Path,
+) -> None:
+    _export_and_rewrite(short_checkpoint(variant), short_plan(variant), tmp_path)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_sharing_in_pytorch_and_sharing_in_the_graph_agree(
+def test_family_agrees_with_pytorch_and_both_routes_with_each_other(
     family: str,
     short_checkpoint: Callable[[str], Path],
     short_plan: Callable[[str], SharingPlan],
     tmp_path: Path,
 ) -> None:
     checkpoint, plan = short_checkpoint(family), short_plan(family)
-    exported, unshared, rewritten = (
-        tmp_path / f"{name}.onnx" for name in ("exported", "unshared", "rewritten")
-    )
-    report = export_bundle(checkpoint, exported, plan)
+    rewritten, parameters = _export_and_rewrite(checkpoint, plan, tmp_path)
+    report = export_bundle(checkpoint, tmp_path / "exported.onnx", plan)
     assert report.parity is not None
     assert report.parity.passed
-    export_bundle(checkpoint, unshared, verify=False)
-    rewrite = rewrite_bundle(unshared, rewritten, plan)
-    assert rewrite.parameters == report.parameters
-    ours, theirs = (EchoModel.load(path).logits(TOKENS) for path in (exported, rewritten))
+    assert report.parameters == parameters
+    ours, theirs = (EchoModel.load(path).logits(TOKENS) for path in (report.model, rewritten))
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
