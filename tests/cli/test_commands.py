@@ -67,6 +67,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     """``run(*arguments)``: exit code, standard output and standard error of ``echoatt``."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test itself printed before
         code = main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
