@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 from echoatt_exporter import SharingPlan, assert_parity, export_bundle, rewrite_bundle
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
 from echoatt_runtime import EchoModel
-from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 TOKENS = np.random.default_rng(0).integers(3, VOCAB_SIZE, 48).tolist()
 VARIANTS = [name for name in TINY_MODELS if name not in FAMILIES]
