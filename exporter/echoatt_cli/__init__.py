@@ -70,7 +70,7 @@ def run_command(name: str, arguments: argparse.Namespace) -> int:
         return int(_command(name).run(arguments))
     except EchoAttError as error:
         print(f"echoatt: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except ModuleNotFoundError as error:
         print(
             f"echoatt: {error.name} is not installed, which `echoatt {name}` needs;"

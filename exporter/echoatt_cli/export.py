@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+from echoatt_runtime.manifest import DEVICES, DTYPES
+
+if TYPE_CHECKING:
+    from echoatt_exporter import SharingPlan
 
 HELP = "export a checkpoint as a verified bundle"
 
@@ -12,24 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", help="a student, or any supported Hugging Face directory"
     )
-    parser.add_argument(
-        "out", metavar="OUT", help="a .onnx file, or a directory that gets model.onnx"
-    )
+    add_output_arguments(parser)
     add_plan_arguments(parser)
     parser.add_argument(
         "--dtype",
-        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        choices=DTYPES,
         default="fp32",
         help="of the weights (default fp32; int8 and int4 in blocks of 32)",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle is for"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="what the bundle is for")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare with PyTorch before publishing"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite an existing bundle")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the checkpoint brings"
     )
@@ -42,17 +42,33 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--share", metavar="PAIRS", help="follower:source pairs, such as 3:2,4:2")
 
 
+def read_plan(arguments: argparse.Namespace) -> SharingPlan | str | None:
+    """What ``--plan`` or ``--share`` says; None without either."""
+    from echoatt_exporter import SharingPlan
+
+    pairs: str | None = arguments.share
+    return SharingPlan.load(arguments.plan) if arguments.plan else pairs
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where a bundle goes and how it is reported."""
+    parser.add_argument(
+        "out", metavar="OUT", help="a .onnx file, or a directory that gets model.onnx"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite an existing bundle")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Export, and say what was done."""
     from echoatt_cli._console import progress, show_export
-    from echoatt_exporter import SharingPlan, export_bundle
+    from echoatt_exporter import export_bundle
 
-    plan = SharingPlan.load(arguments.plan) if arguments.plan else arguments.share
     with progress(quiet=arguments.json) as on_step:
         report = export_bundle(
             arguments.model_dir,
             arguments.out,
-            plan,
+            read_plan(arguments),
             dtype=arguments.dtype,
             device=arguments.device,
             verify=not arguments.no_verify,

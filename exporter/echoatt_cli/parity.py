@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from echoatt_cli.export import add_plan_arguments
+from echoatt_cli.export import add_plan_arguments, read_plan
 
 HELP = "compare a bundle with PyTorch; exit 0 equal, 1 different, 2 not comparable"
 
@@ -32,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and print the table."""
     from echoatt_cli._console import console
-    from echoatt_exporter import SharingPlan, check_parity
+    from echoatt_exporter import check_parity
     from echoatt_exporter.parity.table import format_report
 
-    plan = SharingPlan.load(arguments.plan) if arguments.plan else arguments.share
     report = check_parity(
         arguments.model_dir,
         arguments.bundle,
-        plan,
+        read_plan(arguments),
         max_context=arguments.max_context,
         trust_remote_code=arguments.trust_remote_code,
     )

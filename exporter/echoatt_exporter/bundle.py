@@ -20,10 +20,11 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from optimum.utils.save_utils import maybe_save_preprocessors
 
 from echoatt_exporter.errors import ExportError, OutputExistsError
 from echoatt_exporter.passes import check_file
+from echoatt_exporter.share.checkpoint import save_tokenizer
+from echoatt_runtime.devices import PROVIDERS
 from echoatt_runtime.manifest import METADATA_KEY, Manifest, Verification
 
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
@@ -31,8 +32,6 @@ _CONFIG_FILES = ("config.json", "generation_config.json")
 
 # Tensors up to this size stay in the model file: shapes and scalars, needed at once.
 _INLINE_BYTES = 1024
-
-_CUDA = "CUDAExecutionProvider"
 
 # Bounds what is held in memory while lazily evaluated weights are written.
 _IN_FLIGHT_BYTES = 256 * 2**20
@@ -136,8 +135,11 @@ def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool
         source: the checkpoint's directory.
         target: an existing directory.
         trust_remote_code: let a tokenizer run code of the checkpoint's own.
+
+    Raises:
+        CheckpointError: there is a tokenizer, and it cannot be loaded.
     """
-    maybe_save_preprocessors(source, target, trust_remote_code=trust_remote_code)
+    save_tokenizer(source, target, trust_remote_code=trust_remote_code)
     copy_bundle_files(source, target, only=_CONFIG_FILES)
 
 
@@ -173,10 +175,10 @@ def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], N
 def _checking_provider(manifest: Manifest) -> str | None:
     """The execution provider that loads the written file for the check."""
     available = onnxruntime.get_available_providers()
-    if manifest.device == "cuda" and _CUDA in available:
-        return _CUDA
+    if manifest.device == "cuda" and PROVIDERS["cuda"] in available:
+        return PROVIDERS["cuda"]
     # The CPU provider has no bfloat16 MatMul
-    return None if manifest.dtype == "bf16" else "CPUExecutionProvider"
+    return None if manifest.dtype == "bf16" else PROVIDERS["cpu"]
 
 
 def _stamp(path: Path, manifest: Manifest) -> None:
@@ -208,8 +210,8 @@ def _check_companions(stage: Path, target: Path, *, force: bool) -> None:
         there = target / path.name
         if there.exists() and not filecmp.cmp(path, there, shallow=False):
             raise OutputExistsError(
-                f"{there} exists and belongs to another model; choose an empty directory or pass"
-                " --force"
+                f"{there} exists and differs from what goes beside this model (it may be another"
+                " model's); choose an empty directory, or pass --force to replace it"
             )
 
 

@@ -12,6 +12,8 @@ EchoAttError
 Every message is one line: what is wrong, where, and what to do.
 """
 
+from typing import ClassVar
+
 from echoatt_runtime.errors import EchoAttError
 
 
@@ -41,3 +43,5 @@ class ContractError(ExportError):
 
 class ParityError(EchoAttError):
     """The bundle's numbers differ from PyTorch's by more than the stated tolerance."""
+
+    exit_code: ClassVar[int] = 1

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.bundle import (
@@ -28,25 +27,20 @@ from echoatt_exporter.passes import PassReport, export_pipeline, run_pipeline
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import checkpoint_digest, load_student
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.trace.tracer import trace_student
-from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint, Verification
+from echoatt_exporter.trace.tracer import GRAPH_DTYPES, trace_student
+from echoatt_runtime.manifest import (
+    DEVICES,
+    DTYPES,
+    METADATA_KEY,
+    Manifest,
+    SourceCheckpoint,
+    Verification,
+)
 from echoatt_runtime.session import find_model, read_manifest
-
-# The dtype that a graph computes in before its weights are quantised.
-_COMPUTE_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.float32,
-    "int4": torch.float32,
-}
 
 # Long enough for several prefill chunks and a grown cache; `echoatt parity` goes up to the model's
 # own limit.
 _VERIFIED_CONTEXT = 300
-
-DTYPES = tuple(_COMPUTE_DTYPES)
-DEVICES = ("cpu", "cuda")
 
 OnStep = Callable[[str, int, int], None]
 
@@ -131,7 +125,7 @@ def export_bundle(
     student = load_student(
         source,
         plan,
-        dtype=_COMPUTE_DTYPES[dtype],
+        dtype=GRAPH_DTYPES[dtype],
         trust_remote_code=trust_remote_code,
     )
     architecture = architecture_of(student.config.get_text_config())
@@ -217,10 +211,9 @@ def rewrite_bundle(
         raise PlanError(
             f"{source} is shared already; rewrite the unshared bundle of the same checkpoint"
         )
-    if isinstance(plan, str):
-        plan = SharingPlan.from_pairs(plan, manifest.num_layers)
     if plan is None:
         raise PlanError("a rewrite needs a sharing plan; pass --plan FILE or --share 3:2,4:2")
+    plan = SharingPlan.of(plan, manifest.num_layers)
     plan.validate(manifest.layer_kinds, (manifest.num_query_heads,) * manifest.num_layers)
     model = ir.load(source)
     manifest = dataclasses.replace(manifest, sources=plan.sources, verification=None)
@@ -282,15 +275,8 @@ def _manifest(
     eos = token("eos_token_id")
     return Manifest(
         exporter_version=importlib.metadata.version("echoatt"),
-        family=architecture.family,
+        **dataclasses.asdict(architecture),
         sources=tuple(student.sources),
-        layer_kinds=architecture.layer_kinds,
-        sliding_window=architecture.sliding_window,
-        num_query_heads=architecture.num_query_heads,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        vocab_size=architecture.vocab_size,
-        context_length=architecture.context_length,
         dtype=dtype,
         device=device,
         bos_token_id=token("bos_token_id"),

@@ -68,6 +68,11 @@ class SharingPlan:
         return cls(tuple(sources))
 
     @classmethod
+    def of(cls, plan: SharingPlan | str, num_layers: int) -> SharingPlan:
+        """A plan as it is, or from its ``follower:source`` pairs, as :meth:`from_pairs`."""
+        return cls.from_pairs(plan, num_layers) if isinstance(plan, str) else plan
+
+    @classmethod
     def from_json(cls, text: str, origin: str = "plan") -> SharingPlan:
         """Read a plan file's text.
 

@@ -13,7 +13,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from echoatt_runtime.errors import ChatTemplateError, PromptError
+from echoatt_runtime.errors import ChatTemplateError, PromptError, one_line
 from echoatt_runtime.tokenizer import TextTokenizer
 
 Message = Mapping[str, Any]
@@ -54,7 +54,7 @@ def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message]) -> str:
     # A template is a program of the checkpoint's, and may fail in any way.
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ChatTemplateError(
-            f"the chat template refuses the messages ({' '.join(str(error).split())}); "
+            f"the chat template refuses the messages ({one_line(error)}); "
             "see which roles and orders it allows"
         ) from error
 

@@ -13,10 +13,11 @@ from echoatt_runtime.errors import (
     DeviceError,
     MissingDependencyError,
     OptionError,
+    one_line,
 )
 from echoatt_runtime.manifest import DEVICES
 
-_PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG_ERRORS_ONLY: Final = 3
 
 # How ONNX Runtime says that the file, not the machine, is at fault. Its exceptions have no common
@@ -83,7 +84,7 @@ def create_ort_session(path: Path, device: str, threads: int | None) -> Any:
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; give at least 1, or None for all cores")
     ort = import_onnxruntime()
-    provider = _PROVIDERS[device]
+    provider = PROVIDERS[device]
     if device == "cuda":
         _prepare_cuda(ort)
     options = ort.SessionOptions()
@@ -120,13 +121,8 @@ def create_ort_session(path: Path, device: str, threads: int | None) -> Any:
     return session
 
 
-def one_line(error: BaseException) -> str:
-    """The error's message with all white space collapsed."""
-    return " ".join(str(error).split())
-
-
 def _prepare_cuda(ort: ModuleType) -> None:
-    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise DeviceError(
             "device 'cuda' needs onnxruntime-gpu and the installed ONNX Runtime is built without "
             "CUDA; pip uninstall onnxruntime, then pip install 'echoatt[gpu]'"

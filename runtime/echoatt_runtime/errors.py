@@ -18,9 +18,17 @@ EchoAttError
 Every message is one line: what is wrong, where, and what to do.
 """
 
+from typing import ClassVar
+
 
 class EchoAttError(Exception):
-    """Base of every error that EchoAtt raises on purpose."""
+    """Base of every error that EchoAtt raises on purpose.
+
+    Attributes:
+        exit_code: What a command ends with when this error ends it.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class BundleError(EchoAttError):
@@ -73,3 +81,8 @@ class NumericalError(EchoAttError):
 
 class SamplingError(EchoAttError):
     """Sampling parameters are out of range."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message with all white space collapsed."""
+    return " ".join(str(error).split())

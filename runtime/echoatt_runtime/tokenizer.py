@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from echoatt_runtime.errors import DamagedBundleError
+from echoatt_runtime.errors import DamagedBundleError, one_line
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
@@ -64,9 +64,8 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
-            reason = " ".join(str(error).split())
             raise DamagedBundleError(
-                f"{path} cannot be read ({reason}); copy it again from the checkpoint"
+                f"{path} cannot be read ({one_line(error)}); copy it again from the checkpoint"
             ) from error
         # tokenizer.json alone says which tokens are added: transformers no longer heeds
         # `add_bos_token` in tokenizer_config.json. Padding and truncation are left from training.

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from echoatt_cli import main
-from echoatt_exporter import rewrite_bundle
+from echoatt_exporter import EchoAttForCausalLM, rewrite_bundle
+from echoatt_exporter.trace.tracer import trace_student
+from echoatt_runtime import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,25 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
     assert end.value.code == 2
+
+
+def test_export_that_differs_from_pytorch_exits_1_and_publishes_nothing(
+    checkpoint: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is traced from a model whose layer 1 is no longer the one that PyTorch ran."""
+
+    def trace_another(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
+        weight = student.get_parameter("decoder.model.layers.1.self_attn.v_proj.weight")
+        weight.data.mul_(1.01)
+        return trace_student(student, manifest)
+
+    monkeypatch.setattr("echoatt_exporter.export.trace_student", trace_another)
+    code, out, err = run("export", checkpoint, tmp_path / "o.onnx")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "bundle and PyTorch disagree" in err
+    assert "layer 1" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_optimum_offers_the_export(checkpoint: Path, tmp_path: Path) -> None:

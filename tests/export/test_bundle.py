@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 
 from echoatt_exporter import (
+    CheckpointError,
     ExportError,
     OutputExistsError,
     ParityError,
@@ -24,7 +25,7 @@ from echoatt_exporter import (
     export_bundle,
     rewrite_bundle,
 )
-from echoatt_exporter.bundle import BundlePath, write_bundle
+from echoatt_exporter.bundle import BundlePath, copy_checkpoint_files, write_bundle
 from echoatt_runtime import BundleError, BundleNotFoundError, EchoModel
 from echoatt_runtime.session import read_manifest
 
@@ -78,7 +79,7 @@ def test_force_replaces_a_bundle(unshared_bundle: Path, tmp_path: Path) -> None:
 
 def test_another_models_tokenizer_is_not_replaced(unshared_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OutputExistsError, match=r"config\.json.*another model"):
+    with pytest.raises(OutputExistsError, match=r"config\.json exists and differs.*another model"):
         rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", PAIRS)
     assert _files(tmp_path) == {"config.json": b"{}"}
 
@@ -162,6 +163,15 @@ def test_bundle_that_fails_its_verification_is_not_published(
             verify=fail,
         )
     assert _files(tmp_path) == {}
+
+
+def test_tokenizer_that_does_not_load_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for directory in (source, target):
+        directory.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        copy_checkpoint_files(source, target)
 
 
 def test_full_disk_is_told_before_writing(

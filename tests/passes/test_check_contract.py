@@ -118,6 +118,14 @@ def follower_norm(model):
     add_initializer(model, "decoder.layers.2.attention.k_norm.weight")
 
 
+def fused_follower_weight(model):
+    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight")
+
+
+def interleaved_follower_weight(model):
+    add_initializer(model, "gpt_neox.layers.3.attention.query_key_value.bias")
+
+
 def add_initializer(model, name):
     value = ir.Value(
         name=name,
@@ -178,6 +186,8 @@ def other_manifest(model):
         (follower_weight, ["q_proj.weight is a query or key weight of the follower layer 2"]),
         (packed_follower_weight, ["is a query or key weight of the follower layer 3"]),
         (follower_norm, ["k_norm.weight is a query or key weight of the follower layer 2"]),
+        (fused_follower_weight, ["qkv_proj.weight is a query or key weight"]),
+        (interleaved_follower_weight, ["query_key_value.bias is a query or key weight"]),
         (old_opset, ["operator set ai.onnx is 23, expected 24"]),
         (
             foreign_domain,
@@ -206,6 +216,14 @@ def test_all_faults_are_reported_together(shared):
         CheckContract(manifest)(model)
     for fault in ("FLOAT16", "stray", "is 23", "no echoatt.manifest", "layer 2 does not read"):
         assert fault in str(error.value)
+
+
+def test_a_fused_weight_that_was_cut_to_its_values_is_no_query_or_key_weight(shared):
+    model, manifest = shared
+    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight.cut")
+    with pytest.raises(ContractError, match="nothing reads the initializer") as error:
+        CheckContract(manifest)(model)
+    assert "query or key" not in str(error.value)
 
 
 def test_a_sources_weights_are_no_fault(shared):

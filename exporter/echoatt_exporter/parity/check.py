@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 from pathlib import Path
-from typing import Final
-
-import torch
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import CheckpointError, PlanError
@@ -17,12 +14,9 @@ from echoatt_exporter.parity.report import ParityReport
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import load_student
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.trace.tracer import GRAPH_DTYPES
 from echoatt_runtime.manifest import Manifest
 from echoatt_runtime.session import find_model, read_manifest
-
-# Weights are rounded before PyTorch computes with them, as they were before they were traced;
-# block quantisation starts from float32.
-_WEIGHT_DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_parity(
@@ -53,17 +47,18 @@ def check_parity(
     """
     path = find_model(bundle)
     manifest = read_manifest(path)
-    if isinstance(plan, str):
-        plan = SharingPlan.from_pairs(plan, manifest.num_layers)
-    if plan is not None and plan.sources != manifest.sources:
+    if plan is None:
+        plan = SharingPlan(manifest.sources)
+    plan = SharingPlan.of(plan, manifest.num_layers)
+    if plan.sources != manifest.sources:
         raise PlanError(
             f"could not compare: {path} has the plan {list(manifest.sources)}, not"
             f" {list(plan.sources)}; leave the plan out, or export with it"
         )
     student = load_student(
         model_dir,
-        SharingPlan(manifest.sources),
-        dtype=_WEIGHT_DTYPES.get(manifest.dtype, torch.float32),
+        plan,
+        dtype=GRAPH_DTYPES[manifest.dtype],
         trust_remote_code=trust_remote_code,
     )
     _check_same_model(student, manifest, path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch import nn
 
 from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
 from echoatt_exporter.parity.cases import Case, TextRequest, write_script
+from echoatt_exporter.passes.quantize_weights import BITS
 from echoatt_exporter.share.modeling_echoatt import (
     FAMILIES,
     EchoAttForCausalLM,
@@ -32,8 +33,6 @@ Floats = npt.NDArray[np.float32]
 
 # Bounds the attention probabilities of one layer: 256 MB of float32
 _PROBABILITIES_AT_ONCE = 2**26
-
-_BITS: Final[Mapping[str, Literal[4, 8]]] = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ def record_reference(
     script = write_script(manifest, tokenizer_dir, max_context)
     with float32_arithmetic(student):
         texts = tuple(_run_text(student, manifest, request) for request in script.texts)
-    bits = _BITS.get(manifest.dtype)
+    bits = BITS.get(manifest.dtype)
     if bits is None:
         return ReferenceRun(manifest, script.cases, texts, None, {})
     rounded = script.rounded

@@ -14,14 +14,13 @@ import onnx_ir as ir
 import onnxruntime
 
 from echoatt_exporter.passes._attention import find_attention
-from echoatt_runtime.devices import one_line
-from echoatt_runtime.errors import DamagedBundleError, DeviceError
+from echoatt_runtime.devices import PROVIDERS
+from echoatt_runtime.errors import DamagedBundleError, DeviceError, one_line
 from echoatt_runtime.manifest import Manifest
 from echoatt_runtime.session import Session, open_session
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # MatMulNBits' attribute: what it computes in
 _FLOAT32_ACCURACY = 1
 
@@ -35,7 +34,7 @@ def choose_device(manifest: Manifest, path: Path) -> str:
         manifest: the bundle's.
         path: its model file.
     """
-    if manifest.device != "cuda" or _PROVIDERS["cuda"] not in (
+    if manifest.device != "cuda" or PROVIDERS["cuda"] not in (
         onnxruntime.get_available_providers()
     ):
         return "cpu"
@@ -54,7 +53,7 @@ def needs_float32(manifest: Manifest, device: str) -> bool:
 def describe(manifest: Manifest, device: str) -> str:
     """What runs the bundle, for the report."""
     changed = ", computed in float32" if needs_float32(manifest, device) else ""
-    return _PROVIDERS[device] + changed
+    return PROVIDERS[device] + changed
 
 
 def open_bundle(
@@ -96,7 +95,7 @@ def open_bundle(
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
     try:
         ort_session = onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=[_PROVIDERS[device]]
+            ir.to_proto(model).SerializeToString(), options, providers=[PROVIDERS[device]]
         )
     except Exception as error:
         # ONNX Runtime raises many types, which share no base but Exception

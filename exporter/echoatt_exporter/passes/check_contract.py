@@ -11,12 +11,22 @@ import onnx_ir as ir
 from echoatt_exporter.errors import ContractError
 from echoatt_exporter.passes._attention import find_attention
 from echoatt_runtime.errors import EchoAttError
-from echoatt_runtime.manifest import METADATA_KEY, Manifest
+from echoatt_runtime.manifest import (
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    METADATA_KEY,
+    PAST_LENGTHS,
+    Manifest,
+)
 
 OPSETS = {"": 24, "com.microsoft": 1}
 
 _CACHE_DIMS = ("batch", "capacity")
-_FOLLOWER_WEIGHT = re.compile(r"layers\.(\d+)\..*?\b(q_proj|k_proj|q_norm|k_norm)\b")
+# Fused projections keep their names when CutPackedWeights has cut them to the values, with a mark
+_FOLLOWER_WEIGHT = re.compile(
+    r"layers\.(\d+)\..*?\b(?:q_proj|k_proj|q_norm|k_norm|(?:qkv_proj|query_key_value)(?!.*\.cut))\b"
+)
 
 
 class CheckContract(ir.passes.InPlacePass):
@@ -69,11 +79,11 @@ def _interface_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
     batch, capacity = _CACHE_DIMS
     cache = (cache_type, (batch, manifest.num_kv_heads, capacity, manifest.head_dim))
     inputs = {
-        "input_ids": (ir.DataType.INT64, (batch, "seq")),
-        "past_lengths": (ir.DataType.INT64, (batch,)),
-        "logits_indices": (ir.DataType.INT64, (batch, "n")),
+        INPUT_IDS: (ir.DataType.INT64, (batch, "seq")),
+        PAST_LENGTHS: (ir.DataType.INT64, (batch,)),
+        LOGITS_INDICES: (ir.DataType.INT64, (batch, "n")),
     } | dict.fromkeys(manifest.past_names, cache)
-    outputs = {"logits": (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | dict.fromkeys(
+    outputs = {LOGITS: (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | dict.fromkeys(
         manifest.present_names, cache
     )
     for kind, values, expected, order in (
@@ -121,7 +131,7 @@ def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
             yield f"{present_name} is not a TensorScatter into {past_name}"
             continue
         indices = scatter.inputs[2] if len(scatter.inputs) > 2 else None
-        if indices is None or indices is not inputs.get("past_lengths"):
+        if indices is None or indices is not inputs.get(PAST_LENGTHS):
             yield f"{present_name} is not written at past_lengths"
         if scatter.attributes.get_int("axis", -2) not in (-2, 2):
             yield f"{present_name} is not written along its capacity"

@@ -15,12 +15,14 @@ import onnx
 import onnxruntime
 
 from echoatt_exporter.errors import ContractError
+from echoatt_runtime.devices import PROVIDERS
+from echoatt_runtime.errors import one_line
 
 _WARNING = 2
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def check_file(path: str | Path, provider: str | None = "CPUExecutionProvider") -> None:
+def check_file(path: str | Path, provider: str | None = PROVIDERS["cpu"]) -> None:
     """Check a model file with `onnx.checker`, shapes included, and load it into ONNX Runtime.
 
     Args:
@@ -35,7 +37,7 @@ def check_file(path: str | Path, provider: str | None = "CPUExecutionProvider") 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ContractError(f"{name} is not valid ONNX: {_one_line(error)}") from error
+        raise ContractError(f"{name} is not valid ONNX: {one_line(error)}") from error
     if provider is not None:
         _load(path, provider)
 
@@ -59,15 +61,11 @@ def _load(path: str | Path, provider: str) -> None:
         log.seek(0)
         warnings = _COLOUR.sub("", log.read().decode(errors="replace")).strip()
     if failure is not None:
-        raise ContractError(f"ONNX Runtime does not load {name}: {_one_line(failure)}") from failure
+        raise ContractError(f"ONNX Runtime does not load {name}: {one_line(failure)}") from failure
     if warnings:
         first, *others = warnings.splitlines()
         more = f" (and {len(others)} lines more)" if others else ""
         raise ContractError(f"ONNX Runtime warns about {name}: {first}{more}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

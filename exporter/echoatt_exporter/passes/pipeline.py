@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -20,7 +20,7 @@ from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
 from echoatt_exporter.passes.pack_projections import PackProjections
-from echoatt_exporter.passes.quantize_weights import QuantizeWeights
+from echoatt_exporter.passes.quantize_weights import BITS, QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import PassStep
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
@@ -29,7 +29,6 @@ from echoatt_runtime.manifest import Manifest
 
 # Constants of shapes and axes are this small; norms of real models are not, and stay apart.
 _CONSTANT_SIZE: Final = 16
-_BITS: Final[dict[str, Literal[4, 8]]] = {"int4": 4, "int8": 8}
 
 
 def export_pipeline(manifest: Manifest) -> list[PassStep]:
@@ -93,10 +92,10 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             why="after the removal, so that only projections that are needed are packed",
         ),
     ]
-    if manifest.dtype in _BITS:
+    if manifest.dtype in BITS:
         steps.append(
             PassStep(
-                transform=QuantizeWeights(_BITS[manifest.dtype]),
+                transform=QuantizeWeights(BITS[manifest.dtype]),
                 why="after packing, so that each packed weight is quantised once",
             )
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,9 @@ _OPSET = 1
 # Columns are quantised independently, so a few at a time give the same result in less memory.
 COLUMNS_AT_ONCE = 4096
 BLOCK_SIZE = 32
+
+# Of the dtypes that quantise weights
+BITS: Final[Mapping[str, Literal[4, 8]]] = {"int4": 4, "int8": 8}
 _ACTIVATION_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 

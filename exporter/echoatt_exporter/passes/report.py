@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from echoatt_exporter.errors import ExportError
-from echoatt_runtime.errors import EchoAttError
+from echoatt_runtime.errors import EchoAttError, one_line
 
 _FLOAT_TYPES = (
     ir.DataType.FLOAT,
@@ -123,8 +123,7 @@ def run_pipeline(
             raise
         except Exception as error:
             raise ExportError(
-                f"the graph pass {step.name} failed: {' '.join(str(error).split())}; "
-                "please report it"
+                f"the graph pass {step.name} failed: {one_line(error)}; please report it"
             ) from error
         after = GraphSize.of(model)
         reports.append(

@@ -90,19 +90,17 @@ def load_student(
         # Before any weight is read: a wrong plan is found at once
         config = _teacher_config(directory, raw, trust_remote_code)
         architecture = architecture_of(config)
-        if isinstance(plan, str):
-            plan = SharingPlan.from_pairs(plan, architecture.num_layers)
-        plan = plan or SharingPlan.unshared(architecture.num_layers)
+        count = architecture.num_layers
+        plan = SharingPlan.unshared(count) if plan is None else SharingPlan.of(plan, count)
         architecture.validate_plan(plan)
         teacher = _load(AutoModelForCausalLM, directory, config, dtype, trust_remote_code)
         return share_attention(teacher, plan)
     own, config = _student_config(directory, raw)
-    if isinstance(plan, str):
-        plan = SharingPlan.from_pairs(plan, own.num_layers)
-    if plan is not None and plan != own:
+    asked = own if plan is None else SharingPlan.of(plan, own.num_layers)
+    if asked != own:
         raise PlanError(
             f"{directory} is a student with the plan {list(own.sources)}, not"
-            f" {list(plan.sources)}; leave the plan out, or start from the teacher"
+            f" {list(asked.sources)}; leave the plan out, or start from the teacher"
         )
     student: EchoAttForCausalLM = _load(EchoAttForCausalLM, directory, config, dtype, False)
     return student
@@ -167,7 +165,7 @@ def save_student(
         partial.mkdir(parents=True)
         with _quiet():
             _save_model(student, partial)
-            _save_tokenizer(source, partial, trust_remote_code)
+            save_tokenizer(source, partial, trust_remote_code=trust_remote_code)
         partial.replace(target)
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{target}: cannot write the student ({_one_line(error)})") from error
@@ -187,10 +185,16 @@ def _save_model(student: EchoAttForCausalLM, directory: Path) -> None:
     generation_config.to_json_file(directory / "generation_config.json")
 
 
-def _save_tokenizer(source: Path, directory: Path, trust_remote_code: bool) -> None:
+def save_tokenizer(source: Path, directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Save the tokenizer and chat template in ``source``, if there are any, to ``directory``.
+
+    Raises:
+        CheckpointError: there is a tokenizer, and it cannot be loaded.
+    """
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return
-    maybe_save_preprocessors(source, directory, trust_remote_code=trust_remote_code)
+    with _quiet():
+        maybe_save_preprocessors(source, directory, trust_remote_code=trust_remote_code)
     # optimum saves what loads and passes over what does not
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded with transformers")

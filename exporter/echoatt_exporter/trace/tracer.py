@@ -20,6 +20,16 @@ from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
 from echoatt_runtime.manifest import INPUT_IDS, LOGITS, LOGITS_INDICES, PAST_LENGTHS, Manifest
 
+# By a bundle's dtype, what its weights are rounded to before they are traced. Block quantisation
+# comes later, and starts from float32.
+GRAPH_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "int4": torch.float32,
+}
+
 # Sizes of the example that is traced. No two may be equal: torch gives equal sizes one symbol.
 _EXAMPLE = {"batch": 2, "seq": 3, "n": 5, "capacity": 16}
 
