@@ -9,12 +9,16 @@ from importlib.metadata import version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from echoatt_exporter.errors import (
+    AnalysisError,
     CheckpointError,
     ContractError,
+    DivergedError,
     ExportError,
     OutputExistsError,
     ParityError,
     PlanError,
+    TextError,
+    TrainingError,
     UnsupportedModelError,
 )
 from echoatt_exporter.export import ExportReport, export_bundle, rewrite_bundle
@@ -26,8 +30,10 @@ from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 
 __all__ = [
+    "AnalysisError",
     "CheckpointError",
     "ContractError",
+    "DivergedError",
     "EchoAttConfig",
     "EchoAttForCausalLM",
     "ExportError",
@@ -37,6 +43,8 @@ __all__ = [
     "ParityReport",
     "PlanError",
     "SharingPlan",
+    "TextError",
+    "TrainingError",
     "UnsupportedModelError",
     "__version__",
     "assert_parity",

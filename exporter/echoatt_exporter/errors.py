@@ -7,7 +7,11 @@ EchoAttError
 ├── ExportError              an export that cannot go on
 │   ├── OutputExistsError    the output is there already
 │   └── ContractError        a graph that breaks the graph contract
-└── ParityError              bundle and PyTorch disagree
+├── ParityError              bundle and PyTorch disagree
+├── TextError                texts that cannot be read, or too little text
+├── AnalysisError            an analysis that cannot be made as asked
+└── TrainingError            a training run that cannot start or go on
+    └── DivergedError        the loss is not a number
 
 Every message is one line: what is wrong, where, and what to do.
 """
@@ -45,3 +49,19 @@ class ParityError(EchoAttError):
     """The bundle's numbers differ from PyTorch's by more than the stated tolerance."""
 
     exit_code: ClassVar[int] = 1
+
+
+class TextError(EchoAttError):
+    """Texts cannot be read, or there is too little text."""
+
+
+class AnalysisError(EchoAttError):
+    """An analysis cannot be made as asked."""
+
+
+class TrainingError(EchoAttError):
+    """A training run cannot start or go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or a gradient is not a number."""

@@ -25,9 +25,15 @@ class SharingPlan:
 
     Attributes:
         sources: one layer index per layer, numbered from 0.
+        head_orders: how the followers' heads are lined up with their sources', folded into their
+            value and output projections when the plan is applied to a teacher. Empty, or one entry
+            a layer: ``order[h]`` is the teacher's query head that reads head ``h`` of the source's
+            probabilities; an empty entry leaves the layer as it is. It keeps key/value groups
+            whole.
     """
 
     sources: tuple[int, ...]
+    head_orders: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def unshared(cls, num_layers: int) -> SharingPlan:

@@ -163,7 +163,7 @@ def save_student(
     partial = target.absolute().parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.mkdir(parents=True)
-        with _quiet():
+        with quiet_transformers():
             _save_model(student, partial)
             save_tokenizer(source, partial, trust_remote_code=trust_remote_code)
         partial.replace(target)
@@ -193,7 +193,7 @@ def save_tokenizer(source: Path, directory: Path, *, trust_remote_code: bool = F
     """
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return
-    with _quiet():
+    with quiet_transformers():
         maybe_save_preprocessors(source, directory, trust_remote_code=trust_remote_code)
     # optimum saves what loads and passes over what does not
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
@@ -224,7 +224,7 @@ def _teacher_config(
     if family not in FAMILIES:
         _refuse_foreign(directory, raw, family, trust_remote_code)
     try:
-        with _quiet():
+        with quiet_transformers():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -283,7 +283,7 @@ def _student_config(directory: Path, raw: dict[str, Any]) -> tuple[SharingPlan, 
     if not isinstance(text, dict) or "model_type" not in text:
         raise CheckpointError(f'{origin}: "text_config" must be the teacher\'s configuration')
     try:
-        with _quiet():
+        with quiet_transformers():
             config = EchoAttConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -308,7 +308,7 @@ def _load(
     tensors = stored_tensors(weight_files(directory))
     own_dtype = stored_dtype(tensors, directory)
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = model_class.from_pretrained(
                 directory,
                 config=config,
@@ -386,7 +386,7 @@ def _refuse_non_finite(directory: Path, model: PreTrainedModel, own_dtype: torch
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' log and progress bars, and restore both."""
     with _QUIET_LOCK:
         verbosity = transformers_logging.get_verbosity()
