@@ -1,0 +1,104 @@
+"""Plans chosen by similarity alone: the paper's selection, and a plain threshold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from echoatt_exporter.analyze.similarity import LayerSimilarity
+from echoatt_exporter.architecture import DecoderArchitecture, LayerKind
+from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.plan import SharingPlan
+
+
+def layer_importance(similarity: LayerSimilarity) -> tuple[float, ...]:
+    """Each layer's mean raw similarity to all the others (EchoAtt, arXiv 2409.14595, section 3).
+
+    A layer that is like the others can do without attention of its own: a high value means that the
+    layer matters little.
+    """
+    others = similarity.mean.sum(axis=1) - np.diagonal(similarity.mean)
+    return tuple((others / max(1, len(others) - 1)).tolist())
+
+
+def paper_plan(
+    similarity: LayerSimilarity, architecture: DecoderArchitecture, ratio: float | None = None
+) -> SharingPlan:
+    """The paper's selection (EchoAtt, arXiv 2409.14595, section 3).
+
+    Layers are sorted by :func:`layer_importance` and cut at the largest gap between neighbours. The
+    dissimilar ones below it stay sources; each run of similar ones follows the source just before
+    it. Runs are formed among layers of one attention kind, and the first layer of each kind stays a
+    source, whatever its similarity.
+
+    Args:
+        similarity: of the model that the plan is for.
+        architecture: of the same model.
+        ratio: followers / layers. If given, the cut is made not at the largest gap but where the
+            number of followers comes closest to this; the most similar layers follow first.
+
+    Raises:
+        AnalysisError: similarity of another model, or a ratio outside 0 to 1.
+    """
+    _check_layers(similarity, architecture)
+    importance = layer_importance(similarity)
+    kinds = architecture.layer_kinds
+    ranked = sorted(range(architecture.num_layers), key=lambda layer: -importance[layer])
+    if ratio is None:
+        gaps = [importance[a] - importance[b] for a, b in itertools.pairwise(ranked)]
+        cut = 1 + gaps.index(max(gaps)) if any(gaps) else 0  # all alike: nothing to cut
+    elif 0 <= ratio <= 1:
+        ranked = [layer for layer in ranked if kinds.index(kinds[layer]) != layer]
+        cut = round(ratio * architecture.num_layers)
+    else:
+        raise AnalysisError(f"a sharing ratio of {ratio:g} is outside 0 to 1; 0.4 is 40 %")
+    similar = set(ranked[:cut])
+    return _follow(architecture, lambda layer, _source: layer in similar)
+
+
+def threshold_plan(
+    similarity: LayerSimilarity, architecture: DecoderArchitecture, min_similarity: float
+) -> SharingPlan:
+    """Share where the raw similarity reaches a threshold.
+
+    Along the layers of each attention kind, a layer follows the latest source for as long as it is
+    similar enough to that source, and is the next source otherwise.
+
+    Args:
+        similarity: of the model that the plan is for.
+        architecture: of the same model.
+        min_similarity: the least cosine similarity of a follower to its source, 0 to 1.
+
+    Raises:
+        AnalysisError: similarity of another model, or a threshold outside 0 to 1.
+    """
+    _check_layers(similarity, architecture)
+    if not 0 <= min_similarity <= 1:
+        raise AnalysisError(f"a similarity of {min_similarity:g} is outside 0 to 1")
+    mean = similarity.mean
+    return _follow(architecture, lambda layer, source: mean[layer, source] >= min_similarity)
+
+
+def _follow(architecture: DecoderArchitecture, follows: Callable[[int, int], bool]) -> SharingPlan:
+    """The plan in which a layer that ``follows`` the latest source of its kind shares with it."""
+    sources: list[int] = []
+    latest: dict[LayerKind, int] = {}
+    for layer, kind in enumerate(architecture.layer_kinds):
+        if kind not in latest or not follows(layer, latest[kind]):
+            latest[kind] = layer
+        sources.append(latest[kind])
+    plan = SharingPlan(tuple(sources))
+    architecture.validate_plan(plan)
+    return plan
+
+
+def _check_layers(similarity: LayerSimilarity, architecture: DecoderArchitecture) -> None:
+    found = similarity.head_mean.shape[1:]
+    wanted = (architecture.num_layers, architecture.num_query_heads)
+    if found != wanted:
+        raise AnalysisError(
+            f"the similarity is of {found[0]} layers of {found[1]} heads and the model has"
+            f" {wanted[0]} of {wanted[1]}; measure it on this model"
+        )
