@@ -1,0 +1,327 @@
+"""What a sharing plan costs: the divergence from the teacher, measured without building students.
+
+Shapes in names: W windows, B windows at once, T tokens of a window, E hidden size, R rows (tokens)
+at once, V vocabulary, N key/value heads, S queries, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.modeling_echoatt import (
+    ATTENTION_NAME,
+    FAMILIES,
+    FollowerAttention,
+    MaterializedAttention,
+)
+
+# Logits are made for as many tokens at once as keep one float32 table below this many elements.
+_LOGITS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCost:
+    """What a plan costs on the probe's windows, before any training.
+
+    Attributes:
+        kl: KL divergence teacher‖student of the next-token distribution, nats, mean over tokens.
+        kl_standard_error: of ``kl``, from its spread over the windows.
+        perplexity: the student's, of the windows' own next tokens.
+        teacher_perplexity: the teacher's, of the same tokens.
+    """
+
+    kl: float
+    kl_standard_error: float
+    perplexity: float
+    teacher_perplexity: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The student's perplexity over the teacher's."""
+        return self.perplexity / self.teacher_perplexity
+
+
+class PlanProbe:
+    """Measures sharing plans on one loaded teacher, which is as it was after every measurement.
+
+    For a measurement the followers' attention modules are swapped for a student's, so that what
+    runs is the student, down to its arithmetic. Layers before the first follower compute what the
+    teacher computes: they are left out, but for sources that lend their probabilities, and the rest
+    starts from the teacher's own hidden states.
+
+    Attributes:
+        teacher: the model.
+        architecture: its shape.
+        teacher_perplexity: of the windows' own next tokens.
+        measurements: plans measured so far.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        batch_size: int = 8,
+        reuse_bytes: int = 1 << 31,
+    ) -> None:
+        """Run the teacher once.
+
+        Args:
+            teacher: a decoder of a supported family in evaluation mode, on any device.
+            windows: token ids, int64 [windows, tokens]; at least two of each.
+            batch_size: windows run at once. A measurement holds one batch's attention maps of the
+                sources that lend.
+            reuse_bytes: the most that the teacher's hidden states of all layers may take; where
+                they take more, every measurement runs all layers.
+
+        Raises:
+            UnsupportedModelError: the teacher's family is not supported.
+            AnalysisError: too few windows, too long ones, or token ids that the model lacks.
+        """
+        self.teacher = teacher
+        self.architecture = architecture_of(teacher.config)
+        self._check(windows)
+        family = FAMILIES[self.architecture.family]
+        self._layers = cast(nn.ModuleList, teacher.get_submodule(family.layers))
+        self._attention_name = family.attention
+        self._followers: dict[int, FollowerAttention] = {}
+        self._batches = torch.split(windows.to(teacher.device), batch_size)
+        elements = self.architecture.num_layers * windows.numel() * _hidden_size(teacher)
+        self._reuses = elements * teacher.dtype.itemsize <= reuse_bytes
+        self._inputs: list[dict[int, torch.Tensor]] = []  # by batch, then by layer: [B, T, E]
+        self._outputs: list[torch.Tensor] = []  # by batch: [B, T, E]
+        self.measurements = 0
+        unshared = SharingPlan.unshared(self.architecture.num_layers)
+        losses = []
+        with torch.no_grad(), self._attending(unshared):
+            for batch_BT in self._batches:
+                with self._recording():
+                    self._outputs.append(self._hidden_states(batch_BT, unshared))
+                losses.append(self._teacher_losses(self._outputs[-1], batch_BT))
+        self.teacher_perplexity = math.exp(torch.cat(losses).mean().item())
+
+    def _check(self, windows: torch.Tensor) -> None:
+        if windows.ndim != 2 or min(windows.shape) < 2:
+            raise AnalysisError(
+                f"windows of shape {list(windows.shape)} tell nothing of the spread; give at least"
+                " two windows of at least two tokens"
+            )
+        architecture = self.architecture
+        if windows.shape[1] > architecture.context_length:
+            raise AnalysisError(
+                f"windows of {windows.shape[1]} tokens are longer than the model's context of"
+                f" {architecture.context_length}; make them shorter"
+            )
+        lowest, highest = int(windows.min()), int(windows.max())
+        if lowest < 0 or highest >= architecture.vocab_size:
+            raise AnalysisError(
+                f"token id {highest if lowest >= 0 else lowest} is outside the model's vocabulary"
+                f" of {architecture.vocab_size}; use the model's own tokenizer"
+            )
+
+    @torch.no_grad()
+    def measure(self, plan: SharingPlan) -> PlanCost:
+        """Run the student that ``plan`` makes on all windows.
+
+        Args:
+            plan: any plan for the teacher, head orders included.
+
+        Raises:
+            PlanError: the plan does not fit the teacher.
+        """
+        self.architecture.validate_plan(plan)
+        divergences, losses = [], []
+        with self._attending(plan):
+            for index, batch_BT in enumerate(self._batches):
+                with self._resuming(plan, index):
+                    hidden_BTE = self._hidden_states(batch_BT, plan)
+                kl_BT, loss_BT = self._compare(self._outputs[index], hidden_BTE, batch_BT)
+                divergences.append(kl_BT.mean(dim=1))
+                losses.append(loss_BT)
+        self.measurements += 1
+        kl_W = torch.cat(divergences)
+        return PlanCost(
+            # rounding may leave the least of plans a shade below nothing
+            kl=max(0.0, kl_W.mean().item()),
+            kl_standard_error=kl_W.std().item() / math.sqrt(len(kl_W)),
+            perplexity=math.exp(torch.cat(losses).mean().item()),
+            teacher_perplexity=self.teacher_perplexity,
+        )
+
+    def _hidden_states(self, batch_BT: torch.Tensor, plan: SharingPlan) -> torch.Tensor:
+        """The decoder's output [B, T, E] after its last norm."""
+        body = getattr(self.teacher, self.teacher.base_model_prefix)
+        attention = _AlignedAttention(plan)
+        output = body(input_ids=batch_BT, use_cache=False, shared_attention=attention)
+        return cast(torch.Tensor, output.last_hidden_state)
+
+    def _compare(
+        self, teacher_BTE: torch.Tensor, student_BTE: torch.Tensor, batch_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL [B, T] to the teacher, and the student's loss [B, T-1] on the next token, float64."""
+        divergences, losses = [], []
+        rows = zip(*map(self._rows, (teacher_BTE, student_BTE, _next(batch_BT))), strict=True)
+        for teacher_RE, student_RE, next_R in rows:
+            teacher_RV, student_RV = map(self._log_probabilities, (teacher_RE, student_RE))
+            divergences.append((teacher_RV.exp() * (teacher_RV - student_RV)).sum(dim=-1).double())
+            losses.append(F.nll_loss(student_RV, next_R, reduction="none").double())
+        kl_BT, loss_BT = (torch.cat(part).view(batch_BT.shape) for part in (divergences, losses))
+        return kl_BT, loss_BT[:, :-1]
+
+    def _teacher_losses(self, hidden_BTE: torch.Tensor, batch_BT: torch.Tensor) -> torch.Tensor:
+        """The teacher's loss [B, T-1] on the next token, float64."""
+        rows = zip(*map(self._rows, (hidden_BTE, _next(batch_BT))), strict=True)
+        losses = [
+            F.nll_loss(self._log_probabilities(hidden_RE), next_R, reduction="none").double()
+            for hidden_RE, next_R in rows
+        ]
+        return torch.cat(losses).view(batch_BT.shape)[:, :-1]
+
+    def _rows(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        """A tensor [B, T, …] cut into pieces [R, …] for which logits fit in memory."""
+        return torch.split(
+            tokens.flatten(0, 1), max(1, _LOGITS_AT_ONCE // self.architecture.vocab_size)
+        )
+
+    def _log_probabilities(self, hidden_RE: torch.Tensor) -> torch.Tensor:
+        """The next token's log-probabilities [R, V], float32."""
+        return F.log_softmax(output_logits(self.teacher, hidden_RE).float(), dim=-1)
+
+    @contextmanager
+    def _attending(self, plan: SharingPlan) -> Iterator[None]:
+        """Give the teacher a student's attention, and take it back."""
+        config = self.teacher.config
+        implementation, training = config._attn_implementation, self.teacher.training
+        kept = {
+            layer: getattr(self._layers[layer], self._attention_name) for layer in plan.followers
+        }
+        try:
+            self.teacher.eval()
+            self.teacher.set_attn_implementation(ATTENTION_NAME)
+            for layer, attention in kept.items():
+                if layer not in self._followers:
+                    made = FollowerAttention.replacing(attention, config)
+                    self._followers[layer] = made.eval()
+                setattr(self._layers[layer], self._attention_name, self._followers[layer])
+            yield
+        finally:
+            for layer, attention in kept.items():
+                setattr(self._layers[layer], self._attention_name, attention)
+            self.teacher.set_attn_implementation(implementation)
+            self.teacher.train(training)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Keep what enters each layer."""
+        self._inputs.append({})
+        if not self._reuses:
+            yield
+            return
+
+        def keep(layer: int, hidden_BTE: torch.Tensor) -> None:
+            self._inputs[-1][layer] = hidden_BTE
+
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, layer=layer: keep(layer, args[0]))
+            for layer, module in enumerate(self._layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _resuming(self, plan: SharingPlan, batch: int) -> Iterator[None]:
+        """Start from the teacher's hidden states where the plan's first follower is."""
+        known, kept = self._inputs[batch], list(self._layers)
+        if not (known and plan.followers):
+            yield
+            return
+        first, lending = plan.followers[0], plan.shared_sources
+        try:
+            for layer in range(first + 1):
+                runs = layer == first or layer in lending
+                self._layers[layer] = _Restarted(kept[layer], known[layer]) if runs else _LeftOut()
+            yield
+        finally:
+            for layer, module in enumerate(kept):
+                self._layers[layer] = module
+
+
+class _Restarted(nn.Module):
+    """A layer that takes the hidden states it was made with in the place of those it is given."""
+
+    def __init__(self, layer: nn.Module, hidden_BTE: torch.Tensor) -> None:
+        super().__init__()
+        self._layer = layer
+        self._hidden_BTE = hidden_BTE
+
+    def forward(self, _hidden_BTE: torch.Tensor, **kwargs: Any) -> Any:
+        return self._layer(self._hidden_BTE, **kwargs)
+
+
+class _LeftOut(nn.Module):
+    """A layer that does nothing."""
+
+    def forward(self, hidden_BTE: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        return hidden_BTE
+
+
+class _AlignedAttention(MaterializedAttention):
+    """Shared attention in which a follower's heads read their source's in the plan's order.
+
+    Reordering the values and what comes out is what a student's reordered projections do.
+    """
+
+    def __init__(self, plan: SharingPlan) -> None:
+        super().__init__(plan.sources)
+        self._orders = plan.head_orders
+
+    def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
+        """See :meth:`SharedAttention.follow`."""
+        order = self._orders[module.layer_idx] if self._orders else ()
+        if not order:
+            return super().follow(module, value_BNTD)
+        group = len(order) // value_BNTD.shape[1]
+        of_source = [head // group for head in order[::group]]
+        context_BSHD = super().follow(module, value_BNTD[:, of_source])
+        of_follower = sorted(range(len(order)), key=order.__getitem__)  # the inverse order
+        return context_BSHD[:, :, of_follower]
+
+
+def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """A decoder's logits [..., V] from its last hidden states [..., E], as its own class does it.
+
+    Args:
+        model: a model for causal LM of a supported family.
+        hidden: what its body returns, after the last norm.
+    """
+    head = cast(nn.Module, model.get_output_embeddings())
+    logits = cast(torch.Tensor, head(hidden))
+    if scaling := getattr(model.config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if softcap := getattr(model.config, "final_logit_softcapping", None):  # Gemma
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+def _hidden_size(teacher: PreTrainedModel) -> int:
+    return cast(nn.Embedding, teacher.get_input_embeddings()).embedding_dim
+
+
+def _next(batch_BT: torch.Tensor) -> torch.Tensor:
+    """Each token's next one; the last column, which has none, is not to be used."""
+    return batch_BT.roll(-1, dims=1)

@@ -1,0 +1,155 @@
+"""The probe against real students, on every family."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, every_family
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from echoatt_exporter import SharingPlan, share_attention
+from echoatt_exporter.analyze import probe as probe_module
+from echoatt_exporter.analyze.probe import PlanProbe, output_logits
+from echoatt_exporter.errors import AnalysisError, PlanError
+
+Models = Callable[..., Any]
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """Five windows of 17 token ids."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, VOCAB_SIZE, (5, 17), generator=generator)
+
+
+@torch.no_grad()
+def by_hand(teacher: Any, student: Any, windows: torch.Tensor) -> tuple[float, float, float]:
+    """KL(teacher‖student), its standard error, and the student's perplexity."""
+    expected = teacher(windows).logits.double().log_softmax(-1)
+    actual = student(windows).logits.double().log_softmax(-1)
+    kl = (expected.exp() * (expected - actual)).sum(-1).mean(1)
+    loss = F.nll_loss(actual[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    return kl.mean().item(), kl.std().item() / math.sqrt(len(kl)), math.exp(loss.item())
+
+
+@every_family
+def test_a_measured_plan_equals_the_student_it_makes(
+    family: str, tiny_model: Models, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "_LOGITS_AT_ONCE", 10 * VOCAB_SIZE)  # in several pieces
+    teacher = tiny_model(family)
+    plan = SharingPlan(TINY_MODELS[family].sources)
+    late = list(range(6))  # one follower behind many layers that may be left out
+    late[5] = max(s for s in range(5) if plan.sources[s] == s and _same_kind(teacher, s, 5))
+    probe = PlanProbe(teacher, windows, batch_size=2)
+    for asked in (plan, SharingPlan(tuple(late))):
+        cost = probe.measure(asked)
+        student = share_attention(copy.deepcopy(teacher), asked)
+        kl, error, perplexity = by_hand(teacher, student, windows)
+        assert kl > 1e-3
+        assert cost.kl == pytest.approx(kl, abs=1e-5)
+        assert cost.kl_standard_error == pytest.approx(error, abs=1e-5)
+        assert cost.perplexity == pytest.approx(perplexity, rel=1e-5)
+    unshared = probe.measure(SharingPlan.unshared(6))
+    assert unshared.kl <= 1e-7
+    assert unshared.perplexity == pytest.approx(by_hand(teacher, teacher, windows)[2], rel=1e-5)
+    assert unshared.perplexity == unshared.teacher_perplexity
+
+
+def _same_kind(teacher: Any, one: int, other: int) -> bool:
+    kinds = getattr(teacher.config, "layer_types", None) or ["same"] * 6
+    return bool(kinds[one] == kinds[other])
+
+
+@every_family
+@torch.no_grad()
+def test_output_logits_are_the_models_own(
+    family: str, tiny_model: Models, windows: torch.Tensor
+) -> None:
+    model = tiny_model(family)
+    body = getattr(model, model.base_model_prefix)
+    assert torch.equal(output_logits(model, body(windows).last_hidden_state), model(windows).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3_full", "gpt_neox", "gemma2"])
+def test_head_orders_equal_reordering_the_probabilities_by_hand(
+    family: str, tiny_model: Models, windows: torch.Tensor
+) -> None:
+    teacher = tiny_model(family)
+    sources, order = TINY_MODELS[family].sources, (3, 2, 0, 1)  # groups swapped, and one inside
+    latest: dict[int, torch.Tensor] = {}
+
+    def attention(
+        module: Any, query: Any, key: Any, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        layer = module.layer_idx
+        _, latest[layer] = eager(module, query, key, value, mask, **kwargs)
+        read_BHST = latest[sources[layer]]
+        if sources[layer] != layer:
+            own = torch.empty_like(read_BHST)
+            for head_of_source, head in enumerate(order):
+                own[:, head] = read_BHST[:, head_of_source]
+            read_BHST = own
+        repeated = value.repeat_interleave(read_BHST.shape[1] // value.shape[1], dim=1)
+        return (read_BHST @ repeated).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("ordered_by_hand", attention)
+    AttentionMaskInterface.register("ordered_by_hand", eager_mask)
+    student = copy.deepcopy(teacher)
+    student.set_attn_implementation("ordered_by_hand")
+    kl, _, perplexity = by_hand(teacher, student, windows)
+    orders = tuple(order if layer != source else () for layer, source in enumerate(sources))
+    probe = PlanProbe(teacher, windows)
+    cost = probe.measure(SharingPlan(sources, orders))
+    assert cost.kl == pytest.approx(kl, abs=1e-5)
+    assert cost.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert abs(cost.kl - probe.measure(SharingPlan(sources)).kl) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_starting_behind_the_teachers_layers_changes_nothing(
+    family: str, tiny_model: Models, windows: torch.Tensor
+) -> None:
+    teacher = tiny_model(family)
+    fast, slow = PlanProbe(teacher, windows), PlanProbe(teacher, windows, reuse_bytes=0)
+    for sources in [(0, 1, 2, 3, 4, 3), (0, 1, 2, 1, 4, 5), (0, 1, 0, 1, 0, 1)]:
+        plan = SharingPlan(sources)
+        assert fast.measure(plan) == slow.measure(plan) == fast.measure(plan)
+    assert fast.measurements == 6
+
+
+def test_the_teacher_is_left_as_it_was(tiny_model: Models, windows: torch.Tensor) -> None:
+    teacher = tiny_model("phi3").train()
+    modules, before = dict(teacher.named_modules()), copy.deepcopy(teacher.state_dict())
+    probe = PlanProbe(teacher, windows)
+    probe.measure(SharingPlan((0, 1, 1, 1, 4, 4)))
+    with pytest.raises(PlanError, match="layer 3 uses layer 4, which is not earlier"):
+        probe.measure(SharingPlan((0, 1, 1, 4, 4, 4)))
+    probe._outputs[0] = probe._outputs[0][..., 1:]  # fails in the middle of a measurement
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        probe.measure(SharingPlan((0, 1, 1, 1, 4, 4)))
+    assert dict(teacher.named_modules()) == modules
+    assert teacher.training
+    assert teacher.config._attn_implementation == "sdpa"
+    after = teacher.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_bad_windows_are_refused(tiny_model: Models) -> None:
+    teacher = tiny_model("llama")
+    for windows, message in [
+        (torch.zeros(1, 9, dtype=torch.int64), r"shape \[1, 9\] tell nothing of the spread"),
+        (torch.zeros(2, 65, dtype=torch.int64), "65 tokens are longer than the model's context"),
+        (torch.full((2, 9), VOCAB_SIZE), "token id 61 is outside the model's vocabulary of 61"),
+    ]:
+        with pytest.raises(AnalysisError, match=message):
+            PlanProbe(teacher, windows)
