@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,56 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_json_may_carry_the_writers_own_keys() -> None:
     text = '{"format": "echoatt-plan/1", "sources": [0, 0], "cost": {"kl": 0.1}}'
     assert SharingPlan.from_json(text) == SharingPlan((0, 0))
+
+
+def test_head_orders_round_trip_and_are_left_out_where_no_head_moves() -> None:
+    plan = SharingPlan((0, 1, 1, 1), ((), (), (2, 3, 1, 0), ()))
+    assert json.loads(plan.to_json())["head_orders"] == [[], [], [2, 3, 1, 0], []]
+    assert SharingPlan.from_json(plan.to_json()) == plan
+    assert [plan.head_order(layer) for layer in (2, 3)] == [(2, 3, 1, 0), ()]
+    assert SharingPlan((0, 0), ((), ())) == SharingPlan((0, 0))
+    assert "head_orders" not in SharingPlan((0, 0), ((), ())).to_json()
+    assert SharingPlan((0, 0)).head_order(1) == ()
+
+
+@pytest.mark.parametrize(
+    "orders", ["null", "{}", "[0, 1]", "[[], [0.0]]", "[[], [true]]", "[[], 1]"]
+)
+def test_bad_head_orders_in_json_are_refused(orders: str) -> None:
+    text = f'{{"format": "echoatt-plan/1", "sources": [0, 0], "head_orders": {orders}}}'
+    with pytest.raises(PlanError, match=r'p\.json: "head_orders" must be a list of lists'):
+        SharingPlan.from_json(text, "p.json")
+
+
+@pytest.mark.parametrize(
+    ("orders", "fault"),
+    [
+        (((), (), (2, 3, 0, 1)), None),
+        (((), (), (2, 3, 1, 0)), None),
+        (((), (1, 0, 2, 3)), "the plan has 3 layers and 2 head orders"),
+        (((1, 0, 2, 3), (), ()), "layer 0 has a head order and is not a follower"),
+        (((), (), (0, 1)), "layer 2's head order has 2 heads and the model 4"),
+        (
+            ((), (), (0, 1, 2, 2)),
+            "layer 2's head order [0, 1, 2, 2] does not name each of the heads 0 to 3 once",
+        ),
+        (
+            ((), (), (1, 2, 3, 4)),
+            "layer 2's head order [1, 2, 3, 4] does not name each of the heads 0 to 3 once",
+        ),
+        (
+            ((), (), (0, 2, 1, 3)),
+            "layer 2's head order [0, 2, 1, 3] splits a key/value group: positions 0 to 1 take"
+            " heads of groups 0, 1",
+        ),
+    ],
+)
+def test_head_orders_must_fit_the_model(
+    orders: tuple[tuple[int, ...], ...], fault: str | None
+) -> None:
+    plan = SharingPlan((0, 1, 1), orders)
+    assert plan.faults(["full"] * 3, [4] * 3, [2] * 3) == ([fault] if fault else [])
+    assert fault is None or "group" in fault or "model" in fault or plan.faults() == [fault]
 
 
 @pytest.mark.parametrize(

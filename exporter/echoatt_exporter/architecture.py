@@ -60,7 +60,10 @@ class DecoderArchitecture:
         Raises:
             PlanError: names every fault at once.
         """
-        plan.validate(self.layer_kinds, (self.num_query_heads,) * self.num_layers)
+        count = self.num_layers
+        plan.validate(
+            self.layer_kinds, (self.num_query_heads,) * count, (self.num_kv_heads,) * count
+        )
 
 
 def _normalized(config: PreTrainedConfig) -> Any:

@@ -25,7 +25,7 @@ from echoatt_exporter.errors import ExportError, PlanError
 from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
 from echoatt_exporter.passes import PassReport, export_pipeline, run_pipeline
 from echoatt_exporter.plan import SharingPlan
-from echoatt_exporter.share.checkpoint import checkpoint_digest, load_student
+from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_student
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import GRAPH_DTYPES, trace_student
 from echoatt_runtime.manifest import (
@@ -129,7 +129,9 @@ def export_bundle(
         trust_remote_code=trust_remote_code,
     )
     architecture = architecture_of(student.config.get_text_config())
-    manifest = _manifest(source, architecture, student, dtype=dtype, device=device)
+    # A student has its plan's orders in its weights already
+    orders = plan.head_orders if isinstance(plan, SharingPlan) and not is_student(source) else ()
+    manifest = _manifest(source, architecture, student, orders, dtype=dtype, device=device)
     reference: ReferenceRun | None = None
     if verify:
         on_step("reference", 0, 1)
@@ -215,6 +217,12 @@ def rewrite_bundle(
         raise PlanError("a rewrite needs a sharing plan; pass --plan FILE or --share 3:2,4:2")
     plan = SharingPlan.of(plan, manifest.num_layers)
     plan.validate(manifest.layer_kinds, (manifest.num_query_heads,) * manifest.num_layers)
+    if plan.head_orders:
+        raise PlanError(
+            "the plan moves heads, which takes the checkpoint's weights and not a bundle's graph;"
+            " share the checkpoint first (echoatt share MODEL_DIR STUDENT_DIR --plan FILE) and"
+            " export that"
+        )
     model = ir.load(source)
     manifest = dataclasses.replace(manifest, sources=plan.sources, verification=None)
     on_step("passes", 0, 1)
@@ -259,6 +267,7 @@ def _manifest(
     source: Path,
     architecture: DecoderArchitecture,
     student: EchoAttForCausalLM,
+    head_orders: tuple[tuple[int, ...], ...],
     *,
     dtype: str,
     device: str,
@@ -277,6 +286,7 @@ def _manifest(
         exporter_version=importlib.metadata.version("echoatt"),
         **dataclasses.asdict(architecture),
         sources=tuple(student.sources),
+        head_orders=head_orders,
         dtype=dtype,
         device=device,
         bos_token_id=token("bos_token_id"),

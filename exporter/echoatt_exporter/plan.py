@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from echoatt_exporter.errors import PlanError
 
@@ -34,6 +35,10 @@ class SharingPlan:
 
     sources: tuple[int, ...]
     head_orders: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(self.head_orders):  # one way to say that no head moves, so that plans compare
+            object.__setattr__(self, "head_orders", ())
 
     @classmethod
     def unshared(cls, num_layers: int) -> SharingPlan:
@@ -83,12 +88,14 @@ class SharingPlan:
         """Read a plan file's text.
 
         Args:
-            text: ``{"format": "echoatt-plan/1", "sources": [0, 1, 2, 2]}``. Further keys are the
-                writer's own and are ignored.
+            text: ``{"format": "echoatt-plan/1", "sources": [0, 1, 2, 2]}``, and where heads are
+                moved ``"head_orders": [[], [], [], [1, 0]]``. Further keys are the writer's own
+                and are ignored.
             origin: what to call the text in an error, usually the file's path.
 
         Raises:
-            PlanError: text that is not JSON, another format, or sources that are not integers.
+            PlanError: text that is not JSON, another format, or sources or head orders that are
+                not integers.
         """
         try:
             data = json.loads(text)
@@ -98,10 +105,14 @@ class SharingPlan:
             found = data.get("format") if isinstance(data, dict) else None
             raise PlanError(f'{origin}: "format" is {found!r}, expected "{FORMAT}"')
         sources = data.get("sources")
-        # bool is an int to Python, never a layer number
-        if not isinstance(sources, list) or not all(type(s) is int for s in sources) or not sources:
+        if not _are_numbers(sources) or not sources:
             raise PlanError(f'{origin}: "sources" must be a list of layer numbers, one a layer')
-        return cls(tuple(sources))
+        orders = data.get("head_orders", [])
+        if not isinstance(orders, list) or not all(_are_numbers(order) for order in orders):
+            raise PlanError(
+                f'{origin}: "head_orders" must be a list of lists of head numbers, one list a layer'
+            )
+        return cls(tuple(sources), tuple(tuple(order) for order in orders))
 
     @classmethod
     def load(cls, path: str | Path) -> SharingPlan:
@@ -118,7 +129,10 @@ class SharingPlan:
 
     def to_json(self) -> str:
         """The plan file's text; :meth:`from_json` reads it back."""
-        return json.dumps({"format": FORMAT, "sources": list(self.sources)}) + "\n"
+        data: dict[str, Any] = {"format": FORMAT, "sources": self.sources}
+        if self.head_orders:
+            data["head_orders"] = self.head_orders
+        return json.dumps(data) + "\n"
 
     @property
     def num_layers(self) -> int:
@@ -144,20 +158,28 @@ class SharingPlan:
         """Whether ``layer`` uses another layer's probabilities."""
         return self.sources[layer] != layer
 
+    def head_order(self, layer: int) -> tuple[int, ...]:
+        """The order of ``layer``'s heads; empty where they stay as they are."""
+        return self.head_orders[layer] if self.head_orders else ()
+
     def faults(
-        self, layer_kinds: Sequence[str] | None = None, query_heads: Sequence[int] | None = None
+        self,
+        layer_kinds: Sequence[str] | None = None,
+        query_heads: Sequence[int] | None = None,
+        kv_heads: Sequence[int] | None = None,
     ) -> list[str]:
         """Everything that is wrong with the plan, each fault a phrase.
 
         Args:
             layer_kinds: the model's attention kind per layer (``full`` or ``sliding``), if known.
             query_heads: the model's query head count per layer, if known.
+            kv_heads: the model's key/value head count per layer, if known.
         """
         found: list[str] = []
         count = self.num_layers
         if layer_kinds is not None and len(layer_kinds) != count:
             found.append(f"the plan has {count} layers and the model {len(layer_kinds)}")
-            layer_kinds = query_heads = None
+            layer_kinds = query_heads = kv_heads = None
         for layer in self.followers:
             source = self.sources[layer]
             if not 0 <= source < count:
@@ -177,19 +199,78 @@ class SharingPlan:
                     f"layer {layer} ({query_heads[layer]} query heads) uses layer {source}"
                     f" ({query_heads[source]} query heads)"
                 )
+        return found + self._head_order_faults(query_heads, kv_heads)
+
+    def _head_order_faults(
+        self, query_heads: Sequence[int] | None, kv_heads: Sequence[int] | None
+    ) -> list[str]:
+        if not self.head_orders:
+            return []
+        if len(self.head_orders) != self.num_layers:
+            return [
+                f"the plan has {self.num_layers} layers and {len(self.head_orders)} head orders"
+            ]
+        found: list[str] = []
+        for layer, order in enumerate(self.head_orders):
+            if not order:
+                continue
+            if not self.is_follower(layer):
+                found.append(f"layer {layer} has a head order and is not a follower")
+            fault = head_order_fault(
+                order,
+                None if query_heads is None else query_heads[layer],
+                None if kv_heads is None else kv_heads[layer],
+            )
+            if fault:
+                found.append(f"layer {layer}'s head order {fault}")
         return found
 
     def validate(
-        self, layer_kinds: Sequence[str] | None = None, query_heads: Sequence[int] | None = None
+        self,
+        layer_kinds: Sequence[str] | None = None,
+        query_heads: Sequence[int] | None = None,
+        kv_heads: Sequence[int] | None = None,
     ) -> None:
         """Check the plan by itself and, where given, against a model.
 
         Args:
             layer_kinds: as in :meth:`faults`.
             query_heads: as in :meth:`faults`.
+            kv_heads: as in :meth:`faults`.
 
         Raises:
             PlanError: names every fault at once.
         """
-        if found := self.faults(layer_kinds, query_heads):
+        if found := self.faults(layer_kinds, query_heads, kv_heads):
             raise PlanError(f"the sharing plan does not fit: {'; '.join(found)}")
+
+
+def head_order_fault(
+    order: Sequence[int], query_heads: int | None = None, kv_heads: int | None = None
+) -> str | None:
+    """What is wrong with an order of one layer's heads, a phrase; None if nothing is.
+
+    Args:
+        order: the head that is put at each position.
+        query_heads: the layer's query heads, if known.
+        kv_heads: its key/value heads, if known: query heads that share one must stay together.
+    """
+    count = len(order) if query_heads is None else query_heads
+    if len(order) != count:
+        return f"has {len(order)} heads and the model {count}"
+    if sorted(order) != list(range(count)):
+        return f"{list(order)} does not name each of the heads 0 to {count - 1} once"
+    group = max(1, count // (kv_heads or count or 1))
+    for start in range(0, count, group):
+        together = {head // group for head in order[start : start + group]}
+        if len(together) > 1:
+            return (
+                f"{list(order)} splits a key/value group: positions {start} to {start + group - 1}"
+                f" take heads of groups {', '.join(map(str, sorted(together)))}"
+            )
+    return None
+
+
+def _are_numbers(value: object) -> bool:
+    # bool is an int to Python, never a layer's or a head's number
+    return isinstance(value, list) and all(type(item) is int for item in value)

@@ -32,6 +32,9 @@ def consistency_faults(values: Mapping[str, Any]) -> list[str]:
                 f"{query_heads} query heads do not divide into {kv_heads} key/value heads"
             )
     faults += _plan_faults(values.get("sources"), values.get("layer_kinds"))
+    orders, sources = values.get("head_orders"), values.get("sources")
+    if orders and sources and len(orders) != len(sources):
+        faults.append(f"head_orders has {len(orders)} layers and sources {len(sources)}")
     faults += _kind_faults(values)
     faults += _token_faults(values)
     faults += _weights_faults(values)

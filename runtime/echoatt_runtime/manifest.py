@@ -94,6 +94,9 @@ class Manifest:
         exporter_version: Version of EchoAtt that wrote the bundle.
         family: Model family of the checkpoint, such as "llama".
         sources: The sharing plan: for each layer the layer whose probabilities it uses.
+        head_orders: How the exporter moved the followers' heads when it applied the plan to
+            `source_checkpoint`: empty, or for each layer the head put at each position, empty where
+            none moved. The weights have it folded in; nothing is left to do at run time.
         layer_kinds: "full" or "sliding" for each layer.
         sliding_window: Window of the sliding layers in tokens; None without such layers.
         num_query_heads: Query heads of every layer.
@@ -119,6 +122,7 @@ class Manifest:
     exporter_version: str
     family: str
     sources: tuple[int, ...]
+    head_orders: tuple[tuple[int, ...], ...] = ()
     layer_kinds: tuple[str, ...]
     sliding_window: int | None
     num_query_heads: int
@@ -308,6 +312,15 @@ def _read_ints(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _read_orders(value: object) -> tuple[tuple[int, ...], ...]:
+    try:
+        if isinstance(value, list):
+            return tuple(map(_read_ints, value))
+    except _WrongTypeError:
+        pass
+    raise _WrongTypeError("a list of lists of integers")
+
+
 def _read_strs(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or any(type(item) is not str for item in value):
         raise _WrongTypeError("a list of strings")
@@ -341,11 +354,14 @@ def _read_verification(value: object) -> Verification | None:
     return cast(Verification, _read_record(Verification, readers, value))
 
 
+# Added to the format since its first bundles, which do without them
+_LATER_FIELDS: Final = ("head_orders",)
 _MANIFEST_READERS: Final[dict[str, _Reader]] = {
     "format": _read_str,
     "exporter_version": _read_str,
     "family": _read_str,
     "sources": _read_ints,
+    "head_orders": _read_orders,
     "layer_kinds": _read_strs,
     "sliding_window": _read_int_or_null,
     "num_query_heads": _read_int,
@@ -371,7 +387,8 @@ def _read_fields(
     values, faults = {}, []
     for name, read in readers.items():
         if name not in data:
-            faults.append(f"{name} is missing")
+            if name not in _LATER_FIELDS:
+                faults.append(f"{name} is missing")
             continue
         try:
             values[name] = read(data[name])

@@ -21,6 +21,7 @@ from echoatt_exporter import (
     OutputExistsError,
     ParityError,
     PlanError,
+    SharingPlan,
     bundle,
     export_bundle,
     rewrite_bundle,
@@ -219,6 +220,13 @@ def test_rewrite_refuses_a_plan_that_does_not_fit(
     with pytest.raises(PlanError, match=message):
         rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", plan)
     assert _files(tmp_path) == {}
+
+
+def test_rewrite_refuses_a_plan_that_moves_heads(unshared_bundle: Path, tmp_path: Path) -> None:
+    plan = SharingPlan((0, 1, 1, 1), ((), (), (2, 3, 0, 1), ()))
+    with pytest.raises(PlanError, match=r"moves heads.*share the checkpoint first"):
+        rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", plan)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rewrite_refuses_a_shared_bundle_and_its_own_input(

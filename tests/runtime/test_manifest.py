@@ -27,6 +27,12 @@ def test_json_round_trip(make_manifest):
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_head_orders_are_kept_and_may_be_absent(make_manifest, manifest):
+    ordered = make_manifest(head_orders=((), (), (1, 0)))
+    assert Manifest.from_json(ordered.to_json()) == ordered
+    assert Manifest.from_json(edited(manifest, head_orders="DELETE")) == manifest
+
+
 def test_names_follow_the_graph_contract(manifest):
     assert manifest.input_names == (
         "input_ids",
@@ -74,6 +80,9 @@ def test_cache_size_follows_the_dtype(make_manifest, dtype, element_type, elemen
         ({"sources": [0, 1, -1]}, "layer 2 follows layer -1, which is not an earlier layer"),
         ({"sources": []}, "sources is empty"),
         ({"sources": [0, 1, True]}, "sources is not a list of integers"),
+        ({"head_orders": [[], [1, 0]]}, "head_orders has 2 layers and sources 3"),
+        ({"head_orders": [[], [], 1]}, "head_orders is not a list of lists of integers"),
+        ({"head_orders": None}, "head_orders is not a list of lists of integers"),
         ({"layer_kinds": ["full", "full"]}, "layer_kinds has 2 layers and sources 3"),
         ({"layer_kinds": ["full", "full", "wide"]}, "layer_kinds[2] is 'wide'"),
         (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,16 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 _NUMBERS = itertools.count()
 
 
-def share_by_hand(teacher: PreTrainedModel, sources: Sequence[int]) -> PreTrainedModel:
-    """Make ``teacher`` use ``sources``, in place, and return it."""
+def share_by_hand(
+    teacher: PreTrainedModel,
+    sources: Sequence[int],
+    orders: Mapping[int, Sequence[int]] | None = None,
+) -> PreTrainedModel:
+    """Make ``teacher`` use ``sources``, in place, and return it.
+
+    ``orders[layer][h]`` is the head of a follower that uses head ``h`` of its source's.
+    """
+    orders = orders or {}
     latest: dict[int, torch.Tensor] = {}
 
     def attention(
@@ -31,7 +39,10 @@ def share_by_hand(teacher: PreTrainedModel, sources: Sequence[int]) -> PreTraine
         latest[layer] = weights_BHST
         if sources[layer] == layer:
             return output, None
-        weights_BHST = latest[sources[layer]]
+        lent_BHST = latest[sources[layer]]
+        weights_BHST = torch.empty_like(lent_BHST)
+        for head, user in enumerate(orders.get(layer, range(lent_BHST.shape[1]))):
+            weights_BHST[:, user] = lent_BHST[:, head]
         group = weights_BHST.shape[1] // value.shape[1]
         context = weights_BHST @ value.repeat_interleave(group, dim=1)
         return context.transpose(1, 2).contiguous(), None

@@ -48,12 +48,17 @@ def check_parity(
     path = find_model(bundle)
     manifest = read_manifest(path)
     if plan is None:
-        plan = SharingPlan(manifest.sources)
+        plan = SharingPlan(manifest.sources, manifest.head_orders)
     plan = SharingPlan.of(plan, manifest.num_layers)
     if plan.sources != manifest.sources:
         raise PlanError(
             f"could not compare: {path} has the plan {list(manifest.sources)}, not"
             f" {list(plan.sources)}; leave the plan out, or export with it"
+        )
+    if manifest.head_orders and plan.head_orders != manifest.head_orders:
+        raise PlanError(
+            f"could not compare: {path} was exported with its followers' heads in another order"
+            " than the plan's; leave the plan out, or export with it"
         )
     student = load_student(
         model_dir,

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.align_heads import reorder_heads
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
@@ -19,13 +20,14 @@ def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCa
     """Apply a sharing plan to a loaded decoder (EchoAtt, arXiv 2409.14595, "Copy").
 
     A follower layer keeps the teacher's value and output projections and loses its query and key
-    projections with their biases and norms; everything else is the teacher's. No weight is copied
-    (but for values cut out of a fused projection): the teacher's modules move into the student, and
-    the teacher must not be used afterwards. ``copy.deepcopy`` it first to keep it.
+    projections with their biases and norms; everything else is the teacher's. Where the plan orders
+    a follower's heads, the order is folded into these two projections. No weight is copied (but for
+    those, and for values cut out of a fused projection): the teacher's modules move into the
+    student, and the teacher must not be used afterwards. ``copy.deepcopy`` it first to keep it.
 
     Args:
         teacher: a Hugging Face model for causal LM of a supported family.
-        plan: one source per layer.
+        plan: one source per layer, and the followers' head orders.
 
     Returns:
         The student, in the teacher's dtype, device and training mode.
@@ -36,6 +38,9 @@ def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCa
     """
     text_config = teacher.config
     architecture_of(text_config).validate_plan(plan)
+    for layer in plan.followers:
+        if order := plan.head_order(layer):
+            reorder_heads(teacher, layer, order)
     drop_queries_and_keys(teacher, plan.sources)
     teacher.set_attn_implementation(ATTENTION_NAME)
     config = EchoAttConfig(text_config=text_config, sources=list(plan.sources))

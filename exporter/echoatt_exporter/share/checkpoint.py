@@ -51,12 +51,21 @@ from echoatt_exporter.share.weight_files import (
     weight_files,
 )
 
-__all__ = ["checkpoint_digest", "load_student", "load_teacher", "save_student"]
+__all__ = ["checkpoint_digest", "is_student", "load_student", "load_teacher", "save_student"]
 
 CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 # transformers' verbosity and progress bars belong to the whole process
 _QUIET_LOCK = threading.RLock()
+
+
+def is_student(path: str | Path) -> bool:
+    """Whether a model directory is a student's.
+
+    Raises:
+        CheckpointError: it is not a model directory.
+    """
+    return _is_students(read_json_object(_directory(path) / CONFIG))
 
 
 def load_student(
@@ -86,7 +95,7 @@ def load_student(
     """
     directory = _directory(path)
     raw = read_json_object(directory / CONFIG)
-    if raw.get("model_type") != EchoAttConfig.model_type:
+    if not _is_students(raw):
         # Before any weight is read: a wrong plan is found at once
         config = _teacher_config(directory, raw, trust_remote_code)
         architecture = architecture_of(config)
@@ -97,7 +106,8 @@ def load_student(
         return share_attention(teacher, plan)
     own, config = _student_config(directory, raw)
     asked = own if plan is None else SharingPlan.of(plan, own.num_layers)
-    if asked != own:
+    # Where its plan moved heads, they lie that way in its weights
+    if asked.sources != own.sources:
         raise PlanError(
             f"{directory} is a student with the plan {list(own.sources)}, not"
             f" {list(asked.sources)}; leave the plan out, or start from the teacher"
@@ -125,7 +135,7 @@ def load_teacher(
     """
     directory = _directory(path)
     raw = read_json_object(directory / CONFIG)
-    if raw.get("model_type") == EchoAttConfig.model_type:
+    if _is_students(raw):
         raise CheckpointError(f"{directory}: is a student; a teacher is needed here")
     config = _teacher_config(directory, raw, trust_remote_code)
     architecture_of(config)
@@ -211,6 +221,10 @@ def _directory(path: str | Path) -> Path:
     if not (directory / CONFIG).is_file():
         raise CheckpointError(f"{directory}: no {CONFIG}; not a Hugging Face model directory")
     return directory
+
+
+def _is_students(raw: dict[str, Any]) -> bool:
+    return raw.get("model_type") == EchoAttConfig.model_type
 
 
 def _teacher_config(
