@@ -1,0 +1,223 @@
+"""What a sharing plan saves: parameters, cache, arithmetic and memory traffic, by count.
+
+The modules themselves are counted, on torch's meta device, where they take no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
+from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.modeling_echoatt import FAMILIES, FollowerAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The size and the work of one model at one context length.
+
+    A multiply-add is one multiplication and one addition. Projections, attention scores, their
+    product with the values, MLP and LM head count; norms, rotary angles and softmax do not.
+
+    Attributes:
+        parameters: elements of all weights; a table that is the LM head too counts once.
+        cache_bytes_per_token: keys of the sources and values of every layer.
+        decode_multiply_adds: for one new token that attends to the whole context, itself included.
+        forward_multiply_adds: for a token of a sequence as long as the context, on average, logits
+            at every position: a training step's forward pass. Only what the causal mask and the
+            window leave is counted.
+        decode_bytes: read from memory for one new token: every weight once (of a table that is not
+            the LM head too one row, which is left out) and the cache of the context.
+    """
+
+    parameters: int
+    cache_bytes_per_token: float
+    decode_multiply_adds: int
+    forward_multiply_adds: float
+    decode_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFootprint:
+    """A student's footprint beside its teacher's.
+
+    Attributes:
+        student: with the plan.
+        teacher: without.
+        context: tokens attended to in what depends on it.
+        bytes_per_element: of a weight and of a cached number.
+    """
+
+    student: Footprint
+    teacher: Footprint
+    context: int
+    bytes_per_element: float
+
+    @property
+    def parameters(self) -> int:
+        """The student's parameters."""
+        return self.student.parameters
+
+    @property
+    def parameters_removed(self) -> int:
+        """Parameters that the plan removes."""
+        return self.teacher.parameters - self.student.parameters
+
+    @property
+    def parameters_removed_share(self) -> float:
+        """Parameters that the plan removes, as a share of the teacher's."""
+        return self.parameters_removed / self.teacher.parameters
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Bytes that the student's cache grows by with a token."""
+        return self.student.cache_bytes_per_token
+
+    @property
+    def decode_multiply_adds_removed_share(self) -> float:
+        """Share of the teacher's arithmetic for a new token that the plan removes."""
+        return 1 - self.student.decode_multiply_adds / self.teacher.decode_multiply_adds
+
+    @property
+    def forward_multiply_adds_removed_share(self) -> float:
+        """Share of the teacher's arithmetic for a sequence that the plan removes."""
+        return 1 - self.student.forward_multiply_adds / self.teacher.forward_multiply_adds
+
+    @property
+    def estimated_speed(self) -> float:
+        """Decoding speed over the teacher's, estimated.
+
+        As if a token took the time in which memory gives the bytes that are read: an estimate for
+        one row at a time, and above what arithmetic, activations and launches leave of it.
+        """
+        return self.teacher.decode_bytes / self.student.decode_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSize:
+    """What of a decoder's size does not depend on the plan; every layer is of one size.
+
+    Attributes:
+        architecture: the decoder.
+        parameters: of the teacher.
+        row_read_parameters: of an embedding table that is no LM head, and is read row by row.
+        weight_multiply_adds: of all projections of the teacher for a token, LM head included.
+        query_key_parameters: that a layer loses when it becomes a follower.
+        query_key_multiply_adds: the same for ``weight_multiply_adds``.
+    """
+
+    architecture: DecoderArchitecture
+    parameters: int
+    row_read_parameters: int
+    weight_multiply_adds: int
+    query_key_parameters: int
+    query_key_multiply_adds: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> DecoderSize:
+        """Count the teacher that ``config`` describes.
+
+        Raises:
+            UnsupportedModelError: its family is not supported.
+        """
+        architecture = architecture_of(config)
+        family = FAMILIES[architecture.family]
+        with torch.device("meta"):
+            teacher: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            layers = cast(nn.ModuleList, teacher.get_submodule(family.layers))
+            attention = getattr(layers[0], family.attention)
+            follower = FollowerAttention.replacing(attention, teacher.config)
+        table = cast(nn.Embedding, teacher.get_input_embeddings())
+        head = cast(nn.Linear, teacher.get_output_embeddings())
+        return cls(
+            architecture=architecture,
+            parameters=_parameters(teacher),
+            row_read_parameters=0 if head.weight is table.weight else table.weight.numel(),
+            weight_multiply_adds=_multiply_adds(layers) + _multiply_adds(head),
+            query_key_parameters=_parameters(attention) - _parameters(follower),
+            query_key_multiply_adds=_multiply_adds(attention) - _multiply_adds(follower),
+        )
+
+    def with_plan(
+        self, plan: SharingPlan, *, context: int, bytes_per_element: float
+    ) -> PlanFootprint:
+        """The footprint of a plan; arguments and errors as :func:`footprint_of`."""
+        self.architecture.validate_plan(plan)
+        longest = self.architecture.context_length
+        if not 1 <= context <= longest:
+            raise AnalysisError(
+                f"a context of {context} tokens is outside what the model was made for; give 1 to"
+                f" {longest}"
+            )
+        if not bytes_per_element > 0:
+            raise AnalysisError(f"{bytes_per_element} bytes an element; give more than 0")
+        unshared = SharingPlan.unshared(plan.num_layers)
+        student, teacher = (self._count(p, context, bytes_per_element) for p in (plan, unshared))
+        return PlanFootprint(student, teacher, context, bytes_per_element)
+
+    def _count(self, plan: SharingPlan, context: int, bytes_per_element: float) -> Footprint:
+        architecture = self.architecture
+        followers = len(plan.followers)
+        query_width = architecture.num_query_heads * architecture.head_dim
+        cache_width = architecture.num_kv_heads * architecture.head_dim
+        projections = self.weight_multiply_adds - followers * self.query_key_multiply_adds
+        parameters = self.parameters - followers * self.query_key_parameters
+        decode: float = projections
+        forward: float = projections
+        cached = 0  # elements that are read for one new token
+        for layer, kind in enumerate(architecture.layer_kinds):
+            window = architecture.sliding_window if kind == "sliding" else None
+            width = min(context, window or context)  # tokens attended to
+            # a token's window fills up over the first ``width`` tokens
+            mean_width = (width * (width + 1) / 2 + (context - width) * width) / context
+            products = 1 if plan.is_follower(layer) else 2  # with the values; with the keys too
+            decode += products * query_width * width
+            forward += products * query_width * mean_width
+            cached += products * cache_width * width
+        return Footprint(
+            parameters=parameters,
+            cache_bytes_per_token=(2 * plan.num_layers - followers)
+            * cache_width
+            * bytes_per_element,
+            decode_multiply_adds=int(decode),
+            forward_multiply_adds=forward,
+            decode_bytes=(parameters - self.row_read_parameters + cached) * bytes_per_element,
+        )
+
+
+def footprint_of(
+    config: PreTrainedConfig, plan: SharingPlan, *, context: int, bytes_per_element: float = 2.0
+) -> PlanFootprint:
+    """Count what a plan leaves of a teacher.
+
+    Args:
+        config: the teacher's configuration; nothing else of it is needed.
+        plan: the plan.
+        context: tokens attended to, at most what the model was made for.
+        bytes_per_element: of a weight and of a cached number; 2 is half precision.
+
+    Raises:
+        UnsupportedModelError: the teacher's family is not supported.
+        PlanError: the plan does not fit the teacher.
+        AnalysisError: a context or an element size that cannot be.
+    """
+    return DecoderSize.of(config).with_plan(
+        plan, context=context, bytes_per_element=bytes_per_element
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _multiply_adds(module: nn.Module) -> int:
+    """Of every projection below ``module`` for one token."""
+    linears = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(linear.in_features * linear.out_features for linear in linears)
