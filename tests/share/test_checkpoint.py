@@ -492,6 +492,7 @@ def test_digest_of_nothing_is_refused(tmp_path: Path, teacher_dir: Path) -> None
 def test_public_names() -> None:
     assert set(checkpoint.__all__) == {
         "checkpoint_digest",
+        "is_student",
         "load_student",
         "load_teacher",
         "save_student",
