@@ -16,7 +16,7 @@ from types import ModuleType
 
 from echoatt_runtime import EchoAttError
 
-_COMMANDS = ("export", "rewrite", "parity", "generate")
+_COMMANDS = ("share", "export", "rewrite", "parity", "generate")
 
 # What a shell gives for a process ended by ^C
 _INTERRUPTED = 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,7 +58,7 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         print(report.to_json())
         return
-    console.print(_plan_line(report), highlight=False)
+    show_plan(report.manifest.sources)
     console.print(_passes_table(report))
     if report.parity is not None:
         console.print(format_report(report.parity))
@@ -74,16 +74,16 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     )
 
 
-def _plan_line(report: ExportReport) -> str:
-    """The plan, drawn as one sign a layer: a source as ●, a follower as its source's number."""
-    sources = report.manifest.sources
+def show_plan(sources: Sequence[int]) -> None:
+    """Print a plan as one sign a layer: a source as ●, a follower as its source's number."""
     signs = " ".join(
         "●" if layer == source else str(source) for layer, source in enumerate(sources)
     )
     followers = sum(layer != source for layer, source in enumerate(sources))
-    return (
+    console.print(
         f"plan: {signs}   ({followers} of {len(sources)} layers follow,"
-        f" {followers / len(sources):.0%}; ● computes its own attention)"
+        f" {followers / len(sources):.0%}; ● computes its own attention)",
+        highlight=False,
     )
 
 

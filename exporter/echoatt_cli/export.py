@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--plan`` and ``--share``, of which at most one is given."""
-    group = parser.add_mutually_exclusive_group()
+def add_plan_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Declare ``--plan`` and ``--share``, of which at most one is given, or exactly one."""
+    group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--plan", metavar="FILE", help="a sharing plan (JSON)")
     group.add_argument("--share", metavar="PAIRS", help="follower:source pairs, such as 3:2,4:2")
 

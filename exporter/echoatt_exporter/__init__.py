@@ -59,3 +59,6 @@ __version__ = version("echoatt")
 
 AutoConfig.register(EchoAttConfig.model_type, EchoAttConfig)
 AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM)
+# Whatever saves a student saves its code along, so that it loads where EchoAtt is not installed
+EchoAttConfig.register_for_auto_class()
+EchoAttForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -491,8 +491,10 @@ def test_digest_of_nothing_is_refused(tmp_path: Path, teacher_dir: Path) -> None
 
 def test_public_names() -> None:
     assert set(checkpoint.__all__) == {
+        "check_new_directory",
         "checkpoint_digest",
         "is_student",
+        "load_model",
         "load_student",
         "load_teacher",
         "save_student",

@@ -124,8 +124,10 @@ def test_saved_directory_is_complete(
     save_student(trained, out, stories260k)
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
+        "configuration_echoatt.py",
         "generation_config.json",
         "model.safetensors",
+        "modeling_echoatt.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -187,8 +189,10 @@ def test_source_without_tokenizer_gives_a_student_without(
     save_student(student_of("llama"), tmp_path / "student", tmp_path)
     assert sorted(p.name for p in (tmp_path / "student").iterdir()) == [
         "config.json",
+        "configuration_echoatt.py",
         "generation_config.json",
         "model.safetensors",
+        "modeling_echoatt.py",
     ]
 
 

@@ -51,7 +51,15 @@ from echoatt_exporter.share.weight_files import (
     weight_files,
 )
 
-__all__ = ["checkpoint_digest", "is_student", "load_student", "load_teacher", "save_student"]
+__all__ = [
+    "check_new_directory",
+    "checkpoint_digest",
+    "is_student",
+    "load_model",
+    "load_student",
+    "load_teacher",
+    "save_student",
+]
 
 CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -145,6 +153,25 @@ def load_teacher(
     return teacher
 
 
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a student or a teacher, whichever lies in the directory.
+
+    Args:
+        path: a model directory.
+        dtype: as in :func:`load_student`.
+        trust_remote_code: as in :func:`load_student`.
+
+    Raises:
+        CheckpointError: as in :func:`load_student`.
+        UnsupportedModelError: as in :func:`load_student`.
+    """
+    if is_student(path):
+        return load_student(path, None, dtype=dtype)
+    return load_teacher(path, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def save_student(
     student: EchoAttForCausalLM,
     directory: str | Path,
@@ -154,7 +181,9 @@ def save_student(
 ) -> None:
     """Write a student as a Hugging Face directory with everything that ``generate`` needs.
 
-    The directory appears whole or not at all: it is written beside its place and then renamed.
+    The code of the student's class lies in it too, so that it loads in plain transformers with
+    ``trust_remote_code=True``. The directory appears whole or not at all: it is written beside its
+    place and then renamed.
 
     Args:
         student: the student.
@@ -168,8 +197,7 @@ def save_student(
         ExportError: writing failed, for want of space for one.
     """
     target, source = Path(directory), Path(source_dir)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise OutputExistsError(f"{target}: exists; remove it, or name another directory")
+    check_new_directory(target)
     partial = target.absolute().parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.mkdir(parents=True)
@@ -181,6 +209,17 @@ def save_student(
         raise ExportError(f"{target}: cannot write the student ({_one_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_directory(directory: str | Path) -> None:
+    """Refuse a directory that something is in, as :func:`save_student` does.
+
+    Raises:
+        OutputExistsError: ``directory`` is a file, or a directory that is not empty.
+    """
+    target = Path(directory)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise OutputExistsError(f"{target}: exists; remove it, or name another directory")
 
 
 def _save_model(student: EchoAttForCausalLM, directory: Path) -> None:
