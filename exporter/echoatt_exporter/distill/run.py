@@ -1,0 +1,292 @@
+"""A whole healing run: both stages from teacher to healed student, or on from where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from echoatt_exporter.distill.config import DistillConfig
+from echoatt_exporter.distill.curves import draw_curves
+from echoatt_exporter.distill.data import TokenRows, pack_rows, split_stages
+from echoatt_exporter.distill.healing_student import HealingStudent, set_attention
+from echoatt_exporter.distill.run_folder import RunFolder
+from echoatt_exporter.distill.trainer import (
+    HealingTrainer,
+    Progress,
+    Stage,
+    rows_a_step,
+    training_arguments,
+)
+from echoatt_exporter.errors import TrainingError
+from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.apply import share_attention
+from echoatt_exporter.share.checkpoint import (
+    checkpoint_digest,
+    load_student,
+    load_teacher,
+    quiet_transformers,
+    save_student,
+)
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.share.recomputed_attention import why_not_recomputed
+from echoatt_exporter.texts import load_tokenizer, read_texts, texts_digest
+
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """What a run did.
+
+    Attributes:
+        student: the healed student's directory.
+        steps: optimiser steps of each stage.
+        tokens: tokens trained on in both stages, those before a resumption too.
+        seconds: that this call took in training.
+        tokens_per_second: in this call; None where it trained nothing.
+        losses: the last logged loss of each stage that has one, by its number.
+        config: the configuration in effect.
+    """
+
+    student: Path
+    steps: tuple[int, int]
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    losses: dict[int, float]
+    config: DistillConfig
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(
+            dataclasses.asdict(self) | {"student": str(self.student)}, ensure_ascii=False
+        )
+
+
+def distill(
+    teacher_dir: str | Path,
+    student_dir: str | Path,
+    text_files: Sequence[str | Path],
+    out: str | Path,
+    config: DistillConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+    on_step: Callable[[Progress], None] = lambda _: None,
+) -> DistillReport | None:
+    """Heal a student (EchoAtt, arXiv 2409.14595, "Adjust").
+
+    Stage 1 distils the teacher into the student, stage 2 trains it on the text. A run that was
+    stopped goes on from its last checkpoint when it is started again with the same inputs.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this.
+
+    Args:
+        teacher_dir: the teacher.
+        student_dir: the student; a teacher's directory is trained unshared, as a control.
+        text_files: see :func:`~echoatt_exporter.texts.read_texts`.
+        out: gets ``student``, ``loss.png``, ``log.jsonl``, ``distill.yaml`` and ``checkpoints``.
+        config: how; None for the defaults.
+        trust_remote_code: run code that the checkpoints bring.
+        on_step: called in the main process after each step.
+
+    Returns:
+        What was done; None in processes other than the main one.
+
+    Raises:
+        OutputExistsError: ``out`` holds a finished run.
+        TrainingError: ``out`` holds another run, or the configuration does not fit the model.
+        DivergedError: the loss or a gradient is not a number.
+        TextError: unreadable texts, or too little for one step.
+        CheckpointError: a model directory that cannot be read.
+        UnsupportedModelError: a model that cannot be shared.
+    """
+    config = config or DistillConfig()
+    folder = RunFolder(Path(out))
+    folder.check_unfinished()
+    texts = read_texts(text_files)
+    tokenizer = load_tokenizer(student_dir, trust_remote_code=trust_remote_code)
+    student = load_student(student_dir, None, trust_remote_code=trust_remote_code)
+    dtype, text_config = student.dtype, student.decoder.config
+    _check_pair(Path(teacher_dir), student)
+    length = min(config.length, text_config.max_position_embeddings)
+    rows = pack_rows(texts, tokenizer, length)
+    with quiet_transformers():
+        arguments = training_arguments(config, Stage(1, 1, 1.0), folder.checkpoints(1))
+        a_step = rows_a_step(arguments)
+        config = _settled(config, length, len(rows), a_step, text_config, arguments.device.type)
+        stages = _stages(config)
+        data = split_stages(rows, (stages[0].steps, stages[1].steps), a_step, config.seed)
+        main = arguments.process_index == 0
+        if main:
+            folder.begin(
+                config,
+                teacher=checkpoint_digest(teacher_dir),
+                student=checkpoint_digest(student_dir),
+                text=texts_digest(texts),
+                processes=arguments.world_size,
+            )
+        _wait(arguments)
+        run = _Run(config, folder, Path(teacher_dir), trust_remote_code, on_step)
+        latest = student
+        for stage, stage_rows in zip(stages, data, strict=True):
+            done = folder.stage_student(stage.number)
+            if stage.steps and not done.is_dir():
+                run.train(latest, stage, stage_rows)
+            if done.is_dir():
+                latest = load_student(done, None)
+    if not main:
+        return None
+    lines = folder.read_log()
+    draw_curves(lines, folder.curves)
+    latest.generation_config = student.generation_config
+    nn.Module.to(latest, dtype)
+    save_student(latest, folder.student, student_dir, trust_remote_code=trust_remote_code)
+    return DistillReport(
+        student=folder.student,
+        steps=(stages[0].steps, stages[1].steps),
+        tokens=sum(stage.steps for stage in stages) * a_step * length,
+        seconds=run.seconds,
+        tokens_per_second=run.trained / run.seconds if run.trained else None,
+        losses={line["stage"]: line["loss"] for line in lines},
+        config=config,
+    )
+
+
+def _settled(
+    config: DistillConfig,
+    length: int,
+    rows: int,
+    rows_a_step: int,
+    text_config: Any,
+    device: str,
+) -> DistillConfig:
+    """``config`` with everything decided that it leaves open.
+
+    Raises:
+        TrainingError: no stage has a step, or the model cannot be trained as asked.
+    """
+    tokens = rows_a_step * length
+
+    def steps_of(steps: int | None, tokens_asked: int | None) -> int | None:
+        return steps if tokens_asked is None else math.ceil(tokens_asked / tokens)
+
+    first = steps_of(config.stage1_steps, config.stage1_tokens)
+    second = steps_of(config.stage2_steps, config.stage2_tokens)
+    if first is None:
+        first = max(1, rows // rows_a_step * 4 // 5)
+    if second is None:
+        second = math.ceil(first / 4)
+    if not first + second:
+        raise TrainingError("both stages have 0 steps; give at least one of them some")
+    reason = why_not_recomputed(text_config)
+    attention = config.attention
+    if attention == "recomputed" and reason is not None:
+        raise TrainingError(f"attention 'recomputed' cannot train this model: {reason}")
+    if attention == "auto":
+        fused = reason is None and (device != "cpu" or length >= 512)
+        attention = "recomputed" if fused else "materialized"
+    return dataclasses.replace(
+        config,
+        length=length,
+        stage1_steps=first,
+        stage1_tokens=None,
+        stage2_steps=second,
+        stage2_tokens=None,
+        stage2_learning_rate=config.stage2_learning_rate or config.learning_rate,
+        attention=attention,
+    )
+
+
+def _stages(config: DistillConfig) -> tuple[Stage, Stage]:
+    """The two stages of a settled configuration."""
+    rates = (config.learning_rate, config.stage2_learning_rate)
+    steps = (config.stage1_steps, config.stage2_steps)
+    assert None not in steps and None not in rates  # noqa: S101, PT018 - it is settled
+    return Stage(1, steps[0], rates[0]), Stage(2, steps[1], rates[1])  # type: ignore[arg-type]
+
+
+def _wait(arguments: TrainingArguments) -> None:
+    arguments.distributed_state.wait_for_everyone()
+
+
+@dataclass
+class _Run:
+    """What both stages of a run have in common."""
+
+    config: DistillConfig
+    folder: RunFolder
+    teacher_dir: Path
+    trust_remote_code: bool
+    on_step: Callable[[Progress], None]
+    seconds: float = 0.0
+    trained: int = 0
+
+    def train(self, student: EchoAttForCausalLM, stage: Stage, rows: TokenRows) -> None:
+        """Train a student through one stage, from its last checkpoint if there is one."""
+        config, folder = self.config, self.folder
+        recomputed = config.attention == "recomputed"
+        nn.Module.to(student, torch.float32)
+        healing = HealingStudent.of(student, config)
+        set_attention(healing, recomputed=recomputed)
+        arguments = training_arguments(config, stage, folder.checkpoints(stage.number))
+        main = arguments.process_index == 0
+        if main:
+            folder.clean_up(stage.number)
+        _wait(arguments)
+        checkpoint = folder.newest_checkpoint(stage.number)
+        trainer = HealingTrainer(
+            healing,
+            self._teacher(student, recomputed) if stage.number == 1 else None,
+            arguments,
+            stage,
+            rows,
+            on_log=folder.append_log,
+            on_step=self.on_step,
+        )
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.seconds += time.perf_counter() - start
+        self.trained += (stage.steps - trainer.resumed_step) * trainer.tokens_a_step
+        partial = folder.stage_student(stage.number).with_suffix(".partial")
+        trainer.save_model(str(partial))
+        _wait(arguments)
+        if main:
+            partial.rename(folder.stage_student(stage.number))
+        _wait(arguments)
+
+    def _teacher(self, student: EchoAttForCausalLM, recomputed: bool) -> EchoAttForCausalLM:
+        """The teacher as an unshared student: one code for the hidden states of both."""
+        dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
+        teacher = load_teacher(
+            self.teacher_dir, dtype=dtype, trust_remote_code=self.trust_remote_code
+        )
+        unshared = share_attention(teacher, SharingPlan.unshared(len(student.sources)))
+        set_attention(unshared, recomputed=recomputed)
+        return unshared.requires_grad_(False)
+
+
+def _check_pair(teacher_dir: Path, student: EchoAttForCausalLM) -> None:
+    """Refuse a teacher that the student is not made from.
+
+    Raises:
+        TrainingError: they differ in a size that distillation compares.
+    """
+    teacher = json.loads((teacher_dir / "config.json").read_text(encoding="utf-8"))
+    own = student.decoder.config
+    names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+    faults = [
+        f"{name} {teacher.get(name)} and {getattr(own, name)}"
+        for name in names
+        if teacher.get(name) != getattr(own, name)
+    ]
+    if faults:
+        raise TrainingError(
+            f"{teacher_dir} is not this student's teacher: they have {'; '.join(faults)}"
+        )
