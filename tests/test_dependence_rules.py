@@ -54,7 +54,7 @@ def test_help_of_every_command_needs_no_torch() -> None:
     script = """
 import sys
 from echoatt_cli import main
-for command in ("share", "export", "rewrite", "parity", "generate"):
+for command in ("analyze", "share", "export", "rewrite", "parity", "generate", "distill", "evaluate"):
     try:
         main([command, "--help"])
     except SystemExit as end:

@@ -16,7 +16,17 @@ from types import ModuleType
 
 from echoatt_runtime import EchoAttError
 
-_COMMANDS = ("share", "export", "rewrite", "parity", "generate")
+_COMMANDS = (
+    "analyze",
+    "share",
+    "export",
+    "rewrite",
+    "parity",
+    "generate",
+    "distill",
+    "evaluate",
+    "bench",
+)
 
 # What a shell gives for a process ended by ^C
 _INTERRUPTED = 130
