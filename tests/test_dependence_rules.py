@@ -50,11 +50,25 @@ def test_command_line_imports_build_time_only_where_it_is_needed(path: Path) -> 
     assert not (BUILD_TIME | {"echoatt_exporter", "rich"}) & set(_imports(top_level))
 
 
+@pytest.mark.parametrize("path", _modules("exporter/echoatt_bench"), ids=lambda path: path.stem)
+def test_engines_import_nothing_that_another_engine_would_have_to_hold(path: Path) -> None:
+    """Peers are imported by name when they are asked for, and torch's types for checking only."""
+    top_level = [
+        name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in _imports(ast.Module([node], type_ignores=[]))
+    ]
+    own = {"echoatt_bench", "echoatt_runtime", "numpy"}
+    assert set(top_level) <= own | set(sys.stdlib_module_names)
+
+
 def test_help_of_every_command_needs_no_torch() -> None:
     script = """
 import sys
 from echoatt_cli import main
-for command in ("analyze", "share", "export", "rewrite", "parity", "generate", "distill", "evaluate"):
+commands = ("analyze", "share", "export", "rewrite", "parity", "generate", "distill", "evaluate")
+for command in (*commands, "bench"):
     try:
         main([command, "--help"])
     except SystemExit as end:

@@ -10,8 +10,9 @@ EchoAttError
 ├── ParityError              bundle and PyTorch disagree
 ├── TextError                texts that cannot be read, or too little text
 ├── AnalysisError            an analysis that cannot be made as asked
-└── TrainingError            a training run that cannot start or go on
-    └── DivergedError        the loss is not a number
+├── TrainingError            a training run that cannot start or go on
+│   └── DivergedError        the loss is not a number
+└── BenchError               a bench that cannot be made as asked, or an engine that failed
 
 Every message is one line: what is wrong, where, and what to do.
 """
@@ -65,3 +66,7 @@ class TrainingError(EchoAttError):
 
 class DivergedError(TrainingError):
     """The loss or a gradient is not a number."""
+
+
+class BenchError(EchoAttError):
+    """A bench cannot be made as asked, or an engine failed."""

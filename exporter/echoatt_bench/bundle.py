@@ -1,0 +1,143 @@
+"""EchoAtt's own engine: a bundle under the runtime, driven as ``EchoModel.generate`` drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import numpy as np
+
+from echoatt_bench.engine import Decode, Load, Prefill
+from echoatt_runtime.errors import DamagedBundleError
+from echoatt_runtime.generate import BatchDecoder, Chunk, run_chunk
+from echoatt_runtime.kv_cache import KVCache, bucket_capacity
+from echoatt_runtime.model import EchoModel
+from echoatt_runtime.sampling import SamplingParams
+from echoatt_runtime.text_stream import Detokenizer
+
+# Keys so small leave the probabilities nearly even: no denormal numbers, which would cost time that
+# a text's own keys do not.
+_KEY_SPREAD = 0.02
+
+
+class TimedSession:
+    """An ONNX Runtime session that notes how long its runs take, and is otherwise as it was."""
+
+    def __init__(self, ort_session: Any) -> None:
+        self._ort_session = ort_session
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ort_session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        """Run, and add to ``seconds``."""
+        begin = time.perf_counter()
+        self._ort_session.run_with_iobinding(binding)
+        self.seconds += time.perf_counter() - begin
+
+
+class BundleEngine:
+    """A bundle. Before decoding, caches are filled with small random numbers, not by a prefill."""
+
+    PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+
+    def __init__(self, load: Load) -> None:
+        self._model = EchoModel.load(load.path, threads=load.threads)
+        self._load = load
+        self._tokens_BT = load.draw_tokens()
+        session = self._model.session
+        self._timed = session._ort_session = TimedSession(session._ort_session)
+        self._cache: KVCache | None = None
+        self._sequences: list[list[int]] = []
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, and what is read and kept for a token."""
+        manifest = self._model.manifest
+        return {
+            "version": f"EchoAtt {version('echoatt')}, ONNX Runtime {version('onnxruntime')}",
+            "cache_bytes_per_token": manifest.cache_bytes_per_token,
+            "prefill_chunk": self._model.prefill_chunk,
+            "capacity": self._capacity(),
+        }
+
+    def prefill(self, context: int) -> Prefill:
+        """See ``Engine``."""
+        prompts = self._tokens_BT[:, :context].tolist()
+        begin = time.perf_counter()
+        steps = self._decoder(prompts, 1).step()
+        seconds = time.perf_counter() - begin
+        return Prefill(seconds, [step.token_id for step in steps])
+
+    def decode(self, start: int, new_tokens: int) -> Decode:
+        """See ``Engine``; ``extra`` has the time outside ONNX Runtime, and that of making text."""
+        decoder = self.decoder_at(start, new_tokens)
+        inside = [self._timed.seconds]
+        marks = [time.perf_counter()]
+        chosen = []
+        for _ in range(new_tokens):
+            chosen.append([step.token_id for step in decoder.step()])
+            marks.append(time.perf_counter())
+            inside.append(self._timed.seconds)
+        outside = np.diff(marks) - np.diff(inside)
+        tokens_BS = np.array(chosen).T.tolist()
+        self._sequences = [
+            [*row, *new] for row, new in zip(self._sequences, tokens_BS, strict=True)
+        ]
+        extra = {"python": float(np.median(outside))}
+        with contextlib.suppress(DamagedBundleError):  # a bundle without a tokenizer
+            extra["text"] = self._text_seconds(tokens_BS[0])
+        return Decode(np.diff(marks).tolist(), tokens_BS[0], extra)
+
+    def run_chunk(self, begin: int, end: int) -> None:
+        """Run the prompts' tokens from ``begin`` to ``end`` as a prefill does."""
+        if self._cache is None:
+            self._cache = self._filled_cache()
+        lengths = np.full(self._load.batch, end - begin)
+        chunk = Chunk(self._tokens_BT[:, begin:end], np.full_like(lengths, begin), lengths)
+        run_chunk(self._model.session, self._cache, chunk, lengths[:, None] - 1)
+
+    def end_profiling(self) -> str:
+        """Ends the session's profiling, if it was begun; returns the trace's path."""
+        return str(self._timed.end_profiling())
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of a prompt that run at once."""
+        return self._model.prefill_chunk
+
+    def decoder_at(self, start: int, new_tokens: int) -> BatchDecoder:
+        """The runtime's decoder in the state after ``start`` tokens a row."""
+        if self._cache is None:
+            self._cache = self._filled_cache()
+        if self._load.batch == 1 or not self._sequences:
+            self._sequences = self._tokens_BT[:, :start].tolist()
+        decoder = self._decoder([row[:start] for row in self._sequences], new_tokens)
+        decoder._cache = self._cache
+        return decoder
+
+    def _decoder(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchDecoder:
+        # one more than is asked for, so that no row leaves the batch within what is timed
+        params = SamplingParams(max_new_tokens=new_tokens + 1, ignore_eos=True)
+        return BatchDecoder(self._model.session, prompts, params, self._model.prefill_chunk)
+
+    def _capacity(self) -> int:
+        return bucket_capacity(self._load.capacity, self._model.manifest.context_length)
+
+    def _filled_cache(self) -> KVCache:
+        cache = self._model.session.new_cache(self._load.batch, self._capacity())
+        rng = np.random.default_rng(0)
+        for buffer in cache.to_host():
+            rng.standard_normal(buffer.shape, np.float32, out=buffer)
+            buffer *= _KEY_SPREAD
+        return cache
+
+    def _text_seconds(self, tokens: Sequence[int]) -> float:
+        detokenizer = Detokenizer(self._model.tokenizer, [])
+        begin = time.perf_counter()
+        for token in tokens:
+            detokenizer.add(token)
+        return (time.perf_counter() - begin) / len(tokens)

@@ -1,0 +1,137 @@
+"""Where the time of a bundle's runs goes, from ONNX Runtime's own profiler."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from echoatt_bench.bundle import BundleEngine
+from echoatt_bench.engine import Load, package
+
+_WARM_UP: Final = 2
+_KERNEL: Final = "_kernel_time"
+
+Event = Mapping[str, Any]
+
+
+def profile_bundle(
+    path: str, threads: int, batch: int, context: int, vocab_size: int, steps: int
+) -> list[dict[str, Any]]:
+    """Profile steps of decoding after ``context`` tokens, and the last chunk of their prefill.
+
+    Args:
+        path: the bundle.
+        threads: as in ``Load``.
+        batch: rows.
+        context: tokens of each row.
+        vocab_size: as in ``Load``.
+        steps: decoding steps, and as many chunks, after a few that are not counted.
+
+    Returns:
+        For ``decode`` and ``prefill`` the phase, the tokens of a run, and ``summarise``'s fields.
+    """
+    runs = _WARM_UP + steps
+    load = Load(path, threads, batch, context + runs + 1, vocab_size, seed=0)
+    with tempfile.TemporaryDirectory(prefix="echoatt-profile-") as folder:
+        engine = _profiled_engine(load, Path(folder) / "trace")
+        engine.decode(context, runs)
+        chunk = min(engine.prefill_chunk, context)
+        for _ in range(runs):
+            engine.run_chunk(context - chunk, context)
+        trace = Path(engine.end_profiling())
+        events = json.loads(trace.read_text(encoding="utf-8"))
+    by_run = list(runs_of(events))
+    return [
+        {"phase": "decode", "tokens": 1, **summarise(by_run[_WARM_UP:runs])},
+        {
+            "phase": "prefill",
+            "tokens": chunk,
+            **summarise(by_run[runs + _WARM_UP :]),
+        },
+    ]
+
+
+def _profiled_engine(load: Load, prefix: Path) -> BundleEngine:
+    """An engine whose session is made with the runtime's own options and the profiler on.
+
+    The runtime has no switch for it, so the class that it makes its options from is another one,
+    for as long as it takes and in this process alone.
+    """
+    ort = package("onnxruntime")
+    original = ort.SessionOptions
+
+    def options() -> Any:
+        made = original()
+        made.enable_profiling = True
+        made.profile_file_prefix = str(prefix)
+        return made
+
+    ort.SessionOptions = options  # type: ignore[attr-defined]
+    try:
+        return BundleEngine(load)
+    finally:
+        ort.SessionOptions = original  # type: ignore[attr-defined]
+
+
+def runs_of(events: Sequence[Event]) -> Iterator[tuple[int, list[Event]]]:
+    """Microseconds and kernels of each run of the model, in order."""
+    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: int(e["ts"]))
+    kernels = [e for e in events if e["cat"] == "Node" and e["name"].endswith(_KERNEL)]
+    for run in runs:
+        begin, end = run["ts"], run["ts"] + run["dur"]
+        yield int(run["dur"]), [e for e in kernels if begin <= e["ts"] < end]
+
+
+def summarise(runs: Sequence[tuple[int, Sequence[Event]]]) -> dict[str, Any]:
+    """Medians over runs of the time by kind of operator.
+
+    Args:
+        runs: as :func:`runs_of` gives them, at least one.
+
+    Returns:
+        ``microseconds`` of a run, ``outside`` the kernels, and ``operators``: name, kernels a run
+        and microseconds a run, the costly first.
+    """
+    sums: list[dict[str, float]] = []
+    counts: dict[str, float] = {}
+    for _, kernels in runs:
+        total: dict[str, float] = {}
+        for event in kernels:
+            kind = operator_kind(event["args"])
+            total[kind] = total.get(kind, 0.0) + event["dur"]
+            counts[kind] = counts.get(kind, 0.0) + 1 / len(runs)
+        sums.append(total)
+    operators = [
+        {
+            "operator": kind,
+            "count": round(count, 3),
+            "microseconds": statistics.median(total.get(kind, 0.0) for total in sums),
+        }
+        for kind, count in counts.items()
+    ]
+    outside = [whole - sum(total.values()) for (whole, _), total in zip(runs, sums, strict=True)]
+    return {
+        "microseconds": statistics.median(whole for whole, _ in runs),
+        "outside": statistics.median(outside),
+        "operators": sorted(operators, key=lambda entry: -float(str(entry["microseconds"]))),
+    }
+
+
+def operator_kind(arguments: Mapping[str, Any]) -> str:
+    """The operator, with matrix products told apart by what they multiply.
+
+    Args:
+        arguments: ``args`` of a kernel's event.
+    """
+    name = str(arguments["op_name"])
+    if "MatMul" not in name or name == "MatMulNBits":
+        return name
+    shapes = [shape for entry in arguments["input_type_shape"] for shape in entry.values()]
+    if len(shapes) < 2 or int(arguments["parameter_size"]) > 0:
+        return f"{name} (weights)"
+    # The caches' capacity is what Q·K makes and P·V takes away
+    return f"{name} (P·V)" if shapes[0][-1] > shapes[1][-1] else f"{name} (Q·K)"
