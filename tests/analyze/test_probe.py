@@ -50,7 +50,9 @@ def test_a_measured_plan_equals_the_student_it_makes(
     late = list(range(6))  # one follower behind many layers that may be left out
     late[5] = max(s for s in range(5) if plan.sources[s] == s and _same_kind(teacher, s, 5))
     probe = PlanProbe(teacher, windows, batch_size=2)
-    for asked in (plan, SharingPlan(tuple(late))):
+    orders = tuple((3, 2, 0, 1) if layer in plan.followers else () for layer in range(6))
+    ordered = SharingPlan(plan.sources, orders)
+    for asked in (plan, SharingPlan(tuple(late)), ordered):
         cost = probe.measure(asked)
         student = share_attention(copy.deepcopy(teacher), asked)
         kl, error, perplexity = by_hand(teacher, student, windows)

@@ -288,11 +288,11 @@ class _AlignedAttention(MaterializedAttention):
 
     def __init__(self, plan: SharingPlan) -> None:
         super().__init__(plan.sources)
-        self._orders = plan.head_orders
+        self._plan = plan
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
         """See :meth:`SharedAttention.follow`."""
-        order = self._orders[module.layer_idx] if self._orders else ()
+        order = self._plan.head_order(module.layer_idx)
         if not order:
             return super().follow(module, value_BNTD)
         group = len(order) // value_BNTD.shape[1]

@@ -24,7 +24,7 @@ from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
 from echoatt_exporter.plan import SharingPlan
 
-# Measured plans of one follower count from which plans with one more are made.
+# Measured plans of one follower count from which plans with one more are made, at least.
 _BEAM_WIDTH = 4
 # Plans measured for each follower count, and for improving one, unless a budget says otherwise.
 _PLANS_PER_COUNT = 6
@@ -71,7 +71,7 @@ class PlanCandidate:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlanSearch:
     """Everything that a search measured, and what it chose.
 
@@ -281,9 +281,9 @@ class _Search:
 
     def _grow(self, count: int, moves: Moves, by_sum: Sources, share: int) -> None:
         """Measure ``share`` plans with ``count`` followers, made from the best with one less."""
-        parents = sorted(self._measured[count - 1].values(), key=_order)[:_BEAM_WIDTH]
+        parents = sorted(self._measured[count - 1].values(), key=_order)
         expected: dict[Sources, float] = {by_sum: -math.inf}  # comes first
-        for parent in parents:
+        for parent in parents[: max(_BEAM_WIDTH, share)]:
             for plan in moves.grown(parent.plan.sources):
                 cost = _expected_cost(parent, plan, moves)
                 expected[plan] = min(cost, expected.get(plan, math.inf))
