@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from echoatt_exporter import ExportReport
@@ -51,6 +51,26 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             )
 
         yield on_step
+
+
+@contextlib.contextmanager
+def count_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over something that is counted; drawn only on a terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(title, total=1)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield on_progress
 
 
 def show_export(report: ExportReport, *, as_json: bool) -> None:

@@ -1,0 +1,1 @@
+"""How well a model predicts text: teachers and students on the same tokens."""
