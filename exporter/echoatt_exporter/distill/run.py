@@ -190,7 +190,7 @@ def _settled(
     if attention == "recomputed" and reason is not None:
         raise TrainingError(f"attention 'recomputed' cannot train this model: {reason}")
     if attention == "auto":
-        fused = reason is None and (device != "cpu" or length >= 512)
+        fused = reason is None and (device != "cpu" or length > 256)
         attention = "recomputed" if fused else "materialized"
     return dataclasses.replace(
         config,
