@@ -129,8 +129,7 @@ def export_bundle(
         trust_remote_code=trust_remote_code,
     )
     architecture = architecture_of(student.config.get_text_config())
-    # A student has its plan's orders in its weights already
-    orders = plan.head_orders if isinstance(plan, SharingPlan) and not is_student(source) else ()
+    orders = moved_heads(source, plan)
     manifest = _manifest(source, architecture, student, orders, dtype=dtype, device=device)
     reference: ReferenceRun | None = None
     if verify:
@@ -174,6 +173,13 @@ def export_bundle(
         parameters=reports[-1].after.parameters,
         seconds=time.perf_counter() - start,
     )
+
+
+def moved_heads(
+    model_dir: str | Path, plan: SharingPlan | str | None
+) -> tuple[tuple[int, ...], ...]:
+    """The head orders that a plan folds into a checkpoint's weights: a student has them already."""
+    return plan.head_orders if isinstance(plan, SharingPlan) and not is_student(model_dir) else ()
 
 
 def rewrite_bundle(

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from tests.tiny_models import build_tiny_model
 
 from echoatt_exporter import PlanError, SharingPlan, check_parity, export_bundle, load_student
+from echoatt_exporter.export import moved_heads
+from echoatt_runtime.manifest import METADATA_KEY, Manifest
 
 PLAN = SharingPlan((0, 1, 1), ((), (), (3, 2, 0, 1)))
 
 
-def test_bundle_of_a_teacher_remembers_the_order_and_one_of_a_student_needs_none(
-    tmp_path: Path,
-) -> None:
+def test_a_bundle_remembers_the_order_that_its_teacher_was_given(tmp_path: Path) -> None:
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     build_tiny_model("llama", num_hidden_layers=3).save_pretrained(teacher)
     load_student(teacher, PLAN).save_pretrained(student)
 
-    of_teacher = export_bundle(teacher, tmp_path / "a", PLAN)
-    assert of_teacher.manifest.head_orders == PLAN.head_orders
-    assert of_teacher.parity is not None
-    assert of_teacher.parity.passed
-    for directory in (teacher, student):
-        assert check_parity(directory, of_teacher.model, max_context=20).passed
+    report = export_bundle(teacher, tmp_path / "bundle", PLAN)
+    assert report.manifest.head_orders == moved_heads(teacher, PLAN) == PLAN.head_orders
+    assert report.parity is not None
+    assert report.parity.passed
+    for directory, plan in ((teacher, None), (teacher, PLAN), (student, None), (student, PLAN)):
+        assert check_parity(directory, report.model, plan, max_context=20).passed
     for other in (SharingPlan(PLAN.sources), "2:1"):
         with pytest.raises(PlanError, match=r"heads in another order.*leave the plan out"):
-            check_parity(teacher, of_teacher.model, other)
+            check_parity(teacher, report.model, other)
 
-    of_student = export_bundle(student, tmp_path / "b", PLAN, verify=False)
-    assert of_student.manifest.head_orders == ()
-    assert check_parity(student, of_student.model, PLAN, max_context=20).passed
-    # Without the order the teacher is another model
-    assert not check_parity(teacher, of_student.model, max_context=20).passed
+    # A bundle made from the student says nothing of an order, and has it in its weights as well
+    assert moved_heads(student, PLAN) == ()
+    model = ir.load(report.model)
+    manifest = Manifest.from_json(model.metadata_props[METADATA_KEY])
+    model.metadata_props[METADATA_KEY] = dataclasses.replace(manifest, head_orders=()).to_json()
+    ir.save(model, report.model)
+    assert check_parity(student, report.model, max_context=20).passed
+    assert check_parity(teacher, report.model, PLAN, max_context=20).passed
+    assert not check_parity(teacher, report.model, max_context=20).passed
