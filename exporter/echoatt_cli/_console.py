@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from echoatt_exporter import ExportReport
+from echoatt_exporter.analyze.diagram import plan_signs
 from echoatt_exporter.parity.table import format_report
 
 # Tables keep their numbers whole where nobody's window sets a width
@@ -96,12 +97,9 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
 
 def show_plan(sources: Sequence[int]) -> None:
     """Print a plan as one sign a layer: a source as ●, a follower as its source's number."""
-    signs = " ".join(
-        "●" if layer == source else str(source) for layer, source in enumerate(sources)
-    )
     followers = sum(layer != source for layer, source in enumerate(sources))
     console.print(
-        f"plan: {signs}   ({followers} of {len(sources)} layers follow,"
+        f"plan: {plan_signs(sources)}   ({followers} of {len(sources)} layers follow,"
         f" {followers / len(sources):.0%}; ● computes its own attention)",
         highlight=False,
     )

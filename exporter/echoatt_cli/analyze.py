@@ -1,0 +1,212 @@
+"""``echoatt analyze MODEL_DIR --text FILE… --out DIR``: which layers may share, and a plan."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from echoatt_exporter.analyze.findings import AnalysisReport
+    from echoatt_exporter.analyze.run import OnStep
+    from echoatt_exporter.analyze.search import PlanCandidate
+
+HELP = "measure which layers may share attention, and choose a sharing plan"
+
+_METHODS = ("cost", "paper", "threshold")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", help="a Hugging Face directory of a supported family"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".txt, .md or .jsonl files (field text), or folders of them",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder for report, plan and numbers"
+    )
+    parser.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens of a sample (default 512)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=200,
+        metavar="N",
+        help="samples for the similarity (default 200, or what the text holds)",
+    )
+    parser.add_argument(
+        "--calibration-windows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="how many of the samples costs are measured on (default 16)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (default 0)")
+    _add_choice_arguments(parser)
+    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier analysis")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the checkpoint brings"
+    )
+
+
+def _add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        choices=_METHODS,
+        default="cost",
+        help="cost: search plans by their KL to the model on the text (default); paper: cut the"
+        " layers' mean similarity at its largest gap; threshold: share where similar enough",
+    )
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        metavar="R",
+        help="followers / layers (default 0.25 for cost, the gap's for paper)",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="share as much as costs at most X nats a token (cost only)",
+    )
+    parser.add_argument(
+        "--min-similarity",
+        type=float,
+        metavar="X",
+        help="least similarity of a follower to its source, 0 to 1 (threshold only)",
+    )
+    parser.add_argument(
+        "--no-align", action="store_true", help="do not line followers' heads up with sources'"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Analyse, and say what was found."""
+    from echoatt_exporter.analyze.run import analyze_model
+
+    with _progress(quiet=arguments.json) as on_step:
+        report = analyze_model(
+            arguments.model_dir,
+            arguments.text,
+            arguments.out,
+            method=arguments.method,
+            ratio=arguments.ratio,
+            max_kl=arguments.max_kl,
+            min_similarity=arguments.min_similarity,
+            align_heads=not arguments.no_align,
+            length=arguments.length,
+            samples=arguments.samples,
+            calibration_windows=arguments.calibration_windows,
+            seed=arguments.seed,
+            device=arguments.device,
+            force=arguments.force,
+            trust_remote_code=arguments.trust_remote_code,
+            on_step=on_step,
+        )
+    if arguments.json:
+        print(report.to_json())
+    else:
+        _show(report)
+    return 0
+
+
+def _show(report: AnalysisReport) -> None:
+    """Print the plan, what it costs, the front, and where everything is."""
+    from rich.table import Table
+
+    from echoatt_cli._console import console, show_plan
+    from echoatt_exporter.analyze.diagram import plan_signs
+
+    chosen = report.chosen
+    show_plan(chosen.plan.sources)
+    table = Table(title=report.selection, title_justify="left")
+    for heading in (
+        "followers", "KL, nats a token", "perplexity", "parameters", "cache B/token", "est. speed",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    table.add_column("plan", overflow="fold")
+    shown = [chosen] if report.search is None else [*report.search.front]
+    if chosen not in shown:
+        shown.append(chosen)
+    for candidate in sorted(shown, key=lambda one: len(one.plan.followers)):
+        table.add_row(
+            *_cells(candidate),
+            plan_signs(candidate.plan.sources),
+            style="bold" if candidate == chosen else "",
+        )
+    console.print(table)
+    console.print(
+        f"{report.out}: report.html, plan.json, similarity.json, similarity.png;"
+        f" {report.similarity.samples} samples of {report.similarity.length} tokens,"
+        f" {report.seconds:,.0f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _cells(candidate: PlanCandidate) -> list[str]:
+    cost, footprint = candidate.cost, candidate.footprint
+    return [
+        f"{len(candidate.plan.followers)} ({candidate.plan.ratio:.0%})",
+        f"{cost.kl:.4f} ± {cost.kl_standard_error:.4f}",
+        f"{cost.perplexity_ratio:.3f}x",
+        f"-{footprint.parameters_removed_share:.1%}",
+        f"{footprint.cache_bytes_per_token:,.0f}",
+        f"{candidate.estimated_speed:.2f}x",
+    ]
+
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[OnStep]:
+    """A bar for the samples and one for the measured plans; drawn only on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    headings = {
+        "load": "loading the checkpoint",
+        "samples": "comparing attention maps",
+        "plans": "measuring plans",
+    }
+    with Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+        tasks = {
+            name: bar.add_task(heading, total=None, start=False, visible=False, best="")
+            for name, heading in headings.items()
+        }
+
+        def on_step(step: str, done: int, total: int, best: PlanCandidate | None) -> None:
+            task = tasks[step]
+            bar.start_task(task)
+            found = (
+                ""
+                if best is None
+                else f"best of {len(best.plan.followers)} followers: KL {best.cost.kl:.4f}"
+            )
+            bar.update(task, completed=done, total=total, visible=True, best=found)
+
+        yield on_step

@@ -1,0 +1,247 @@
+"""An analysis, from a model directory and texts to a folder with a plan and a report."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from echoatt_exporter.analyze.choice import Choice, Method
+from echoatt_exporter.analyze.findings import AnalysisReport, head_alignment
+from echoatt_exporter.analyze.footprint import footprint_of
+from echoatt_exporter.analyze.match_heads import align_plan
+from echoatt_exporter.analyze.pictures import image_bytes, similarity_figure
+from echoatt_exporter.analyze.probe import PlanProbe
+from echoatt_exporter.analyze.publish import (
+    FRONT,
+    PAGE,
+    PICTURE,
+    PLAN,
+    SEARCH,
+    SIMILARITY,
+    check_free,
+    published,
+)
+from echoatt_exporter.analyze.report import render_report
+from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch, search_plans
+from echoatt_exporter.analyze.select import layer_importance, paper_plan, threshold_plan
+from echoatt_exporter.analyze.similarity import (
+    HeadSimilarity,
+    LayerSimilarity,
+    measure_similarity,
+)
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.errors import AnalysisError, TextError
+from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher
+from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
+from echoatt_runtime.errors import one_line
+
+SEARCH_FORMAT = "echoatt-search/1"
+
+# How far the front goes beyond the ratio that is asked for
+_FRONT_RATIO = 0.75
+# What a new token reads is counted at this context, or the model's own if that is shorter
+_DECODE_CONTEXT = 4096
+
+# Told what is being done, how much of it is done and at most to do, and the cheapest plan so far
+OnStep = Callable[[str, int, int, PlanCandidate | None], None]
+
+
+def _ignore_step(_name: str, _done: int, _total: int, _best: PlanCandidate | None) -> None:
+    pass
+
+
+def analyze_model(
+    model_dir: str | Path,
+    text_paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: Method = "cost",
+    ratio: float | None = None,
+    max_kl: float | None = None,
+    min_similarity: float | None = None,
+    align_heads: bool = True,
+    length: int = 512,
+    samples: int = 200,
+    calibration_windows: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_step: OnStep = _ignore_step,
+) -> AnalysisReport:
+    """Measure which layers of a model may share attention, choose a plan, and write it all down.
+
+    Writes ``similarity.json``, ``similarity.png``, ``plan.json`` and ``report.html``; with the cost
+    method also ``search.json``, and in ``front`` a plan file for each point of the Pareto front.
+
+    Args:
+        model_dir: a teacher's directory, with its tokenizer.
+        text_paths: files and folders, as :func:`echoatt_exporter.texts.read_texts` takes them.
+        out: the folder to write; it appears whole or not at all.
+        method: ``cost`` searches plans by the KL to the teacher on the text; ``paper`` is the
+            selection of EchoAtt (arXiv 2409.14595), and ``threshold`` a least similarity.
+        ratio: followers / layers, for ``cost`` and ``paper``. Without it (and ``max_kl``), ``cost``
+            shares a quarter of the layers, and ``paper`` cuts at the largest gap.
+        max_kl: share as much as costs at most this KL, nats a token; for ``cost``.
+        min_similarity: of a follower to its source, 0 to 1; for ``threshold``, which needs it.
+        align_heads: line the followers' heads up with their sources'.
+        length: tokens of a sample.
+        samples: samples for the similarity; fewer are taken if the text holds no more.
+        calibration_windows: how many of the samples costs are measured on.
+        seed: which samples are drawn.
+        device: where the model runs, as torch names it.
+        force: replace an earlier analysis in ``out``.
+        trust_remote_code: run code that the checkpoint brings.
+        on_step: told (step, done, total, cheapest plan so far) as the analysis goes on; the steps
+            are ``load``, ``samples`` and ``plans``.
+
+    Returns:
+        What was found and written.
+
+    Raises:
+        EchoAttError: bad input, typed and in one line; nothing was written.
+    """
+    start = time.perf_counter()
+    choice = Choice.of(method, ratio=ratio, max_kl=max_kl, min_similarity=min_similarity)
+    if samples < 2 or calibration_windows < 2:
+        raise AnalysisError("give at least two samples and two calibration windows")
+    source, target = Path(model_dir), Path(out)
+    check_free(target, force=force)
+    texts = read_texts(text_paths)
+    on_step("load", 0, 1, None)
+    teacher = _load(source, device, trust_remote_code)
+    architecture = architecture_of(teacher.config)
+    choice.check(architecture)
+    if not 2 <= length <= architecture.context_length:
+        raise AnalysisError(
+            f"samples of {length} tokens do not fit the model's context of"
+            f" {architecture.context_length}; give a length of 2 to {architecture.context_length}"
+        )
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    windows = sample_windows(texts, tokenizer, length=length, count=samples, seed=seed)
+    if len(windows) < 2:
+        raise TextError(
+            f"too little text: it fills one sample of {length} tokens, and how far costs spread"
+            " takes two to tell; give more text, or a smaller length"
+        )
+
+    similarity, heads = measure_similarity(
+        teacher,
+        windows,
+        text_digest=texts_digest(texts),
+        model=source.resolve().name,
+        checkpoint_digest=checkpoint_digest(source),
+        seed=seed,
+        on_sample=lambda done: on_step("samples", done, len(windows), None),
+    )
+    probe = PlanProbe(teacher, windows[:calibration_windows])
+    aligning = heads if align_heads else None
+    chosen, search = _choose(choice, probe, similarity, aligning, on_step)
+    report = AnalysisReport(
+        model_dir=source,
+        out=target,
+        text_paths=tuple(map(Path, text_paths)),
+        documents=len(texts),
+        architecture=architecture,
+        method=choice.method,
+        selection=choice.in_words,
+        similarity=similarity,
+        importance=layer_importance(similarity),
+        chosen=chosen,
+        search=search,
+        alignment=None if aligning is None else head_alignment(chosen.plan, aligning),
+        calibration_windows=min(len(windows), calibration_windows),
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - start,
+    )
+    with published(target, force=force) as stage:
+        _write(report, stage)
+    return report
+
+
+def _load(source: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts it
+        raise AnalysisError(f"no device {device!r} to run on ({one_line(error)})") from error
+    # attention maps are compared as float32 whatever the weights are stored in
+    teacher = load_teacher(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    torch.nn.Module.to(teacher, device)  # transformers types its own as if it took no device
+    return teacher
+
+
+def _choose(
+    choice: Choice,
+    probe: PlanProbe,
+    similarity: LayerSimilarity,
+    heads: HeadSimilarity | None,
+    on_step: OnStep,
+) -> tuple[PlanCandidate, PlanSearch | None]:
+    """The plan and its cost; by cost, everything else that was measured too."""
+    architecture, config = probe.architecture, probe.teacher.config
+    context = min(_DECODE_CONTEXT, architecture.context_length)
+    if choice.method == "cost":
+        search = search_plans(
+            probe,
+            architecture,
+            config,
+            ratio=choice.ratio,
+            max_kl=choice.max_kl,
+            max_ratio=choice.front_ratio(architecture, _FRONT_RATIO),
+            head_similarity=heads,
+            context=context,
+            on_measured=lambda done, most, best: on_step("plans", done, most, best),
+        )
+        return search.chosen, search
+    if choice.min_similarity is not None:
+        plan = threshold_plan(similarity, architecture, choice.min_similarity)
+    else:
+        plan = paper_plan(similarity, architecture, choice.ratio)
+    if heads is not None:
+        plan = align_plan(plan, heads, architecture)
+    candidate = PlanCandidate(
+        plan, probe.measure(plan), footprint_of(config, plan, context=context)
+    )
+    on_step("plans", 1, 1, candidate)
+    return candidate, None
+
+
+def _write(report: AnalysisReport, stage: Path) -> None:
+    similarity = report.similarity
+    similarity.save(stage / SIMILARITY)
+    (stage / PICTURE).write_bytes(image_bytes(similarity_figure(similarity), "png"))
+    _write_json(stage / PLAN, _plan_data(report, report.chosen))
+    if report.search is not None:
+        data = {"format": SEARCH_FORMAT, **report.origin(), **report.search.to_dict()}
+        _write_json(stage / SEARCH, data)
+        (stage / FRONT).mkdir()
+        for candidate in report.search.front:
+            plan = candidate.plan
+            name = f"{len(plan.followers):02}-of-{plan.num_layers}.json"
+            _write_json(stage / FRONT / name, _plan_data(report, candidate))
+    (stage / PAGE).write_text(render_report(report), encoding="utf-8")
+
+
+def _plan_data(report: AnalysisReport, candidate: PlanCandidate) -> dict[str, Any]:
+    """A plan file, with what the plan is for and costs beside it."""
+    cost = candidate.cost
+    return {
+        **json.loads(candidate.plan.to_json()),
+        "method": report.method,
+        "ratio": candidate.plan.ratio,
+        "kl": cost.kl,
+        "kl_standard_error": cost.kl_standard_error,
+        "perplexity_ratio": cost.perplexity_ratio,
+        **report.origin(),
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
