@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.tiny_models import VOCAB_SIZE
 from echoatt_exporter import SharingPlan
 from echoatt_exporter.analyze.moves import Moves
 from echoatt_exporter.analyze.probe import PlanProbe
-from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch, search_plans
+from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch, _front, search_plans
 from echoatt_exporter.analyze.similarity import measure_similarity
 from echoatt_exporter.errors import AnalysisError
 
@@ -61,6 +62,9 @@ def test_the_search_comes_near_the_best_of_all_plans(
         found = min(c.cost.kl for c in result.candidates if len(c.plan.followers) == count)
         assert min(costs[plan] for plan in level) <= found <= costs[summed]
         assert found <= 1.1 * min(costs[plan] for plan in level)
+    # with as few measurements as can be, what the sums say is measured and nothing else
+    least = search(probe, ratio=4 / 6, budget=15 + 3)
+    assert [c.plan.sources for c in least.candidates[15:]] == by_sum[1:4]
     # more measurements find the best there is
     all_of_them = search(probe, ratio=0.5, budget=250)
     three = [costs[plan] for plan in plans if len(SharingPlan(plan).followers) == 3]
@@ -172,6 +176,15 @@ def test_kinds_budget_progress_and_json(tiny_model: Models, windows: torch.Tenso
     assert read["chosen"]["sources"] == list(result.chosen.plan.sources)
     assert read["chosen"]["kl"] == result.chosen.cost.kl
     assert result.chosen.footprint.context == 64
+
+
+def test_the_front_holds_what_nothing_beats(tiny_model: Models, windows: torch.Tensor) -> None:
+    result = search(PlanProbe(tiny_model("llama"), windows), ratio=0.67, budget=18)
+    cheapest = list(result.front)
+    assert [len(candidate.plan.followers) for candidate in cheapest] == [1, 2, 3, 4]
+    costs = zip(cheapest, [0.2, 0.1, 0.3, 0.3], strict=True)
+    made = [replace(c, cost=replace(c.cost, kl=kl)) for c, kl in costs]
+    assert _front(made) == (made[1], made[3])
 
 
 @pytest.mark.parametrize(
