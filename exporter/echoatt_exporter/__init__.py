@@ -60,5 +60,5 @@ __version__ = version("echoatt")
 AutoConfig.register(EchoAttConfig.model_type, EchoAttConfig)
 AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM)
 # Whatever saves a student saves its code along, so that it loads where EchoAtt is not installed
-EchoAttConfig.register_for_auto_class()
-EchoAttForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+EchoAttConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
+EchoAttForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
