@@ -131,6 +131,8 @@ def test_starting_behind_the_teachers_layers_changes_nothing(
 
 def test_the_teacher_is_left_as_it_was(tiny_model: Models, windows: torch.Tensor) -> None:
     teacher = tiny_model("phi3").train()
+    teacher.model.layers[3].eval()  # frozen, as some do
+    modes = [module.training for module in teacher.modules()]
     modules, before = dict(teacher.named_modules()), copy.deepcopy(teacher.state_dict())
     probe = PlanProbe(teacher, windows)
     probe.measure(SharingPlan((0, 1, 1, 1, 4, 4)))
@@ -140,7 +142,7 @@ def test_the_teacher_is_left_as_it_was(tiny_model: Models, windows: torch.Tensor
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         probe.measure(SharingPlan((0, 1, 1, 1, 4, 4)))
     assert dict(teacher.named_modules()) == modules
-    assert teacher.training
+    assert [module.training for module in teacher.modules()] == modes
     assert teacher.config._attn_implementation == "sdpa"
     after = teacher.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -73,13 +73,13 @@ class PlanProbe:
         teacher: PreTrainedModel,
         windows: torch.Tensor,
         *,
-        batch_size: int = 8,
+        batch_size: int = 4,
         reuse_bytes: int = 1 << 31,
     ) -> None:
         """Run the teacher once.
 
         Args:
-            teacher: a decoder of a supported family in evaluation mode, on any device.
+            teacher: a decoder of a supported family, on any device.
             windows: token ids, int64 [windows, tokens]; at least two of each.
             batch_size: windows run at once. A measurement holds one batch's attention maps of the
                 sources that lend.
@@ -203,7 +203,8 @@ class PlanProbe:
     def _attending(self, plan: SharingPlan) -> Iterator[None]:
         """Give the teacher a student's attention, and take it back."""
         config = self.teacher.config
-        implementation, training = config._attn_implementation, self.teacher.training
+        implementation = config._attn_implementation
+        training = [module for module in self.teacher.modules() if module.training]
         kept = {
             layer: getattr(self._layers[layer], self._attention_name) for layer in plan.followers
         }
@@ -220,7 +221,8 @@ class PlanProbe:
             for layer, attention in kept.items():
                 setattr(self._layers[layer], self._attention_name, attention)
             self.teacher.set_attn_implementation(implementation)
-            self.teacher.train(training)
+            for module in training:
+                module.training = True
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
