@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
@@ -20,6 +20,7 @@ from echoatt_exporter.distill.curves import draw_curves
 from echoatt_exporter.distill.data import TokenRows, pack_rows, split_stages
 from echoatt_exporter.distill.healing_student import HealingStudent, set_attention
 from echoatt_exporter.distill.run_folder import RunFolder
+from echoatt_exporter.distill.settle import check_pair, check_tokens, settle, stages_of
 from echoatt_exporter.distill.trainer import (
     HealingTrainer,
     Progress,
@@ -38,8 +39,8 @@ from echoatt_exporter.share.checkpoint import (
     save_student,
 )
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.share.recomputed_attention import why_not_recomputed
 from echoatt_exporter.texts import load_tokenizer, read_texts, texts_digest
+from echoatt_runtime.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,20 @@ def distill(
     tokenizer = load_tokenizer(student_dir, trust_remote_code=trust_remote_code)
     student = load_student(student_dir, None, trust_remote_code=trust_remote_code)
     dtype, text_config = student.dtype, student.decoder.config
-    _check_pair(Path(teacher_dir), student)
+    teacher = load_teacher(
+        teacher_dir,
+        dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
+        trust_remote_code=trust_remote_code,
+    )
+    check_pair(teacher_dir, teacher.config, text_config)
     length = min(config.length, text_config.max_position_embeddings)
     rows = pack_rows(texts, tokenizer, length)
+    check_tokens(student_dir, rows, text_config.vocab_size)
     with quiet_transformers():
         arguments = training_arguments(config, Stage(1, 1, 1.0), folder.checkpoints(1))
         a_step = rows_a_step(arguments)
-        config = _settled(config, length, len(rows), a_step, text_config, arguments.device.type)
-        stages = _stages(config)
+        config = settle(config, length, len(rows), a_step, text_config, arguments.device.type)
+        stages = stages_of(config)
         data = split_stages(rows, (stages[0].steps, stages[1].steps), a_step, config.seed)
         main = arguments.process_index == 0
         if main:
@@ -133,7 +140,9 @@ def distill(
                 processes=arguments.world_size,
             )
         _wait(arguments)
-        run = _Run(config, folder, Path(teacher_dir), trust_remote_code, on_step)
+        # An unshared student for a teacher: one code for the hidden states of both
+        unshared = share_attention(teacher, SharingPlan.unshared(len(student.sources)))
+        run = _Run(config, folder, unshared.requires_grad_(False), on_step)
         latest = student
         for stage, stage_rows in zip(stages, data, strict=True):
             done = folder.stage_student(stage.number)
@@ -159,59 +168,6 @@ def distill(
     )
 
 
-def _settled(
-    config: DistillConfig,
-    length: int,
-    rows: int,
-    rows_a_step: int,
-    text_config: Any,
-    device: str,
-) -> DistillConfig:
-    """``config`` with everything decided that it leaves open.
-
-    Raises:
-        TrainingError: no stage has a step, or the model cannot be trained as asked.
-    """
-    tokens = rows_a_step * length
-
-    def steps_of(steps: int | None, tokens_asked: int | None) -> int | None:
-        return steps if tokens_asked is None else math.ceil(tokens_asked / tokens)
-
-    first = steps_of(config.stage1_steps, config.stage1_tokens)
-    second = steps_of(config.stage2_steps, config.stage2_tokens)
-    if first is None:
-        first = max(1, rows // rows_a_step * 4 // 5)
-    if second is None:
-        second = math.ceil(first / 4)
-    if not first + second:
-        raise TrainingError("both stages have 0 steps; give at least one of them some")
-    reason = why_not_recomputed(text_config)
-    attention = config.attention
-    if attention == "recomputed" and reason is not None:
-        raise TrainingError(f"attention 'recomputed' cannot train this model: {reason}")
-    if attention == "auto":
-        fused = reason is None and (device != "cpu" or length > 256)
-        attention = "recomputed" if fused else "materialized"
-    return dataclasses.replace(
-        config,
-        length=length,
-        stage1_steps=first,
-        stage1_tokens=None,
-        stage2_steps=second,
-        stage2_tokens=None,
-        stage2_learning_rate=config.stage2_learning_rate or config.learning_rate,
-        attention=attention,
-    )
-
-
-def _stages(config: DistillConfig) -> tuple[Stage, Stage]:
-    """The two stages of a settled configuration."""
-    rates = (config.learning_rate, config.stage2_learning_rate)
-    steps = (config.stage1_steps, config.stage2_steps)
-    assert None not in steps and None not in rates  # noqa: S101, PT018 - it is settled
-    return Stage(1, steps[0], rates[0]), Stage(2, steps[1], rates[1])  # type: ignore[arg-type]
-
-
 def _wait(arguments: TrainingArguments) -> None:
     arguments.distributed_state.wait_for_everyone()
 
@@ -222,8 +178,7 @@ class _Run:
 
     config: DistillConfig
     folder: RunFolder
-    teacher_dir: Path
-    trust_remote_code: bool
+    teacher: EchoAttForCausalLM
     on_step: Callable[[Progress], None]
     seconds: float = 0.0
     trained: int = 0
@@ -241,9 +196,11 @@ class _Run:
             folder.clean_up(stage.number)
         _wait(arguments)
         checkpoint = folder.newest_checkpoint(stage.number)
+        if stage.number == 1:
+            set_attention(self.teacher, recomputed=recomputed)
         trainer = HealingTrainer(
             healing,
-            self._teacher(student, recomputed) if stage.number == 1 else None,
+            self.teacher if stage.number == 1 else None,
             arguments,
             stage,
             rows,
@@ -251,42 +208,40 @@ class _Run:
             on_step=self.on_step,
         )
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        self.seconds += time.perf_counter() - start
-        self.trained += (stage.steps - trainer.resumed_step) * trainer.tokens_a_step
         partial = folder.stage_student(stage.number).with_suffix(".partial")
-        trainer.save_model(str(partial))
+        with _one_line_errors(folder.root):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.seconds += time.perf_counter() - start
+            trainer.save_model(str(partial))
+        self.trained += (stage.steps - trainer.resumed_step) * trainer.tokens_a_step
         _wait(arguments)
         if main:
             partial.rename(folder.stage_student(stage.number))
         _wait(arguments)
 
-    def _teacher(self, student: EchoAttForCausalLM, recomputed: bool) -> EchoAttForCausalLM:
-        """The teacher as an unshared student: one code for the hidden states of both."""
-        dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
-        teacher = load_teacher(
-            self.teacher_dir, dtype=dtype, trust_remote_code=self.trust_remote_code
-        )
-        unshared = share_attention(teacher, SharingPlan.unshared(len(student.sources)))
-        set_attention(unshared, recomputed=recomputed)
-        return unshared.requires_grad_(False)
 
-
-def _check_pair(teacher_dir: Path, student: EchoAttForCausalLM) -> None:
-    """Refuse a teacher that the student is not made from.
+@contextlib.contextmanager
+def _one_line_errors(out: Path) -> Iterator[None]:
+    """Turn what the machine runs out of into a line.
 
     Raises:
-        TrainingError: they differ in a size that distillation compares.
+        TrainingError: memory or the disk is full, or the disk refuses.
     """
-    teacher = json.loads((teacher_dir / "config.json").read_text(encoding="utf-8"))
-    own = student.decoder.config
-    names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-    faults = [
-        f"{name} {teacher.get(name)} and {getattr(own, name)}"
-        for name in names
-        if teacher.get(name) != getattr(own, name)
-    ]
-    if faults:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{teacher_dir} is not this student's teacher: they have {'; '.join(faults)}"
-        )
+            f"{out}: cannot be written ({one_line(error)[:200]}); the same command goes on from the"
+            " last whole checkpoint"
+        ) from error
+    except RuntimeError as error:
+        text = one_line(error)[:200]
+        # torch has no classes for either on the CPU
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise TrainingError(
+                f"out of memory ({text}); take a smaller batch_size with more"
+                " gradient_accumulation, gradient_checkpointing, or a smaller length"
+            ) from error
+        if "PytorchStreamWriter" in text:
+            raise TrainingError(f"{out}: cannot be written ({text}); make room") from error
+        raise
