@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from optimum.utils.save_utils import maybe_save_preprocessors
@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter.architecture import architecture_of
@@ -34,17 +33,23 @@ from echoatt_exporter.errors import (
     ExportError,
     OutputExistsError,
     PlanError,
-    UnsupportedModelError,
 )
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.share.unfit_checkpoints import (
+    CONFIG,
+    refuse_foreign,
+    refuse_misfits,
+    refuse_non_finite,
+    refuse_other_modules,
+    refuse_quantised,
+    refuse_stored_as_integers,
+    short,
+)
 from echoatt_exporter.share.weight_files import (
-    DENSE_DTYPES,
-    StoredTensor,
     checkpoint_digest,
-    few,
     read_json_object,
     stored_dtype,
     stored_tensors,
@@ -61,7 +66,6 @@ __all__ = [
     "save_student",
 ]
 
-CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 # transformers' verbosity and progress bars belong to the whole process
 _QUIET_LOCK = threading.RLock()
@@ -206,7 +210,7 @@ def save_student(
             save_tokenizer(source, partial, trust_remote_code=trust_remote_code)
         partial.replace(target)
     except (OSError, RuntimeError) as error:
-        raise ExportError(f"{target}: cannot write the student ({_one_line(error)})") from error
+        raise ExportError(f"{target}: cannot write the student ({short(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -273,9 +277,9 @@ def _teacher_config(
     family = raw.get("model_type")
     if not isinstance(family, str):
         raise CheckpointError(f'{directory / CONFIG}: no "model_type"; not a transformers config')
-    _refuse_quantised(directory, raw)
+    refuse_quantised(directory, raw)
     if family not in FAMILIES:
-        _refuse_foreign(directory, raw, family, trust_remote_code)
+        refuse_foreign(directory, raw, family, trust_remote_code)
     try:
         with quiet_transformers():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -283,48 +287,9 @@ def _teacher_config(
             )
     except Exception as error:
         raise CheckpointError(
-            f"{directory / CONFIG}: not a valid {family} config ({_one_line(error)})"
+            f"{directory / CONFIG}: not a valid {family} config ({short(error)})"
         ) from error
     return config
-
-
-def _refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
-    found = raw.get("quantization_config") or raw.get("compression_config")
-    if found:
-        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
-        raise UnsupportedModelError(
-            f"{directory}: a quantised checkpoint (method {method}); EchoAtt needs the dense one"
-            " and quantises on export"
-        )
-
-
-def _refuse_foreign(
-    directory: Path, raw: dict[str, Any], family: str, trust_remote_code: bool
-) -> None:
-    """Refuse a type that is not in ``FAMILIES``, unless trusted code might turn it into one."""
-    if family == "gemma3":
-        raise UnsupportedModelError(
-            f"{directory}: a multimodal Gemma 3; only text checkpoints (model type gemma3_text)"
-            " are supported"
-        )
-    if "auto_map" in raw:
-        if trust_remote_code:
-            return
-        raise UnsupportedModelError(
-            f"{directory}: model type {family!r} comes with its own Python code, which is not run"
-            f" unless you trust it (--trust-remote-code); EchoAtt knows"
-            f" {', '.join(sorted(FAMILIES))}"
-        )
-    named = raw.get("architectures") or []
-    decoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not raw.get("is_encoder_decoder")
-    if not decoder or (
-        named and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
-    ):
-        raise UnsupportedModelError(
-            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows"
-            f" {', '.join(sorted(FAMILIES))}"
-        )
-    # what is left is a decoder of a family that architecture_of() refuses with its own message
 
 
 def _student_config(directory: Path, raw: dict[str, Any]) -> tuple[SharingPlan, EchoAttConfig]:
@@ -339,9 +304,7 @@ def _student_config(directory: Path, raw: dict[str, Any]) -> tuple[SharingPlan, 
         with quiet_transformers():
             config = EchoAttConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{origin}: not a valid student config ({_one_line(error)})"
-        ) from error
+        raise CheckpointError(f"{origin}: not a valid student config ({short(error)})") from error
     plan = SharingPlan(tuple(sources))
     try:
         architecture_of(config.get_text_config()).validate_plan(plan)
@@ -374,68 +337,13 @@ def _load(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise CheckpointError(f"{directory}: cannot be loaded ({_one_line(error)})") from error
+        raise CheckpointError(f"{directory}: cannot be loaded ({short(error)})") from error
     if not isinstance(model, EchoAttForCausalLM):
-        _refuse_other_modules(directory, model)
-    _refuse_misfits(directory, info)
-    _refuse_stored_as_integers(directory, model, tensors)
-    _refuse_non_finite(directory, model, own_dtype)
+        refuse_other_modules(directory, model)
+    refuse_misfits(directory, info)
+    refuse_stored_as_integers(directory, model, tensors)
+    refuse_non_finite(directory, model, own_dtype)
     return model
-
-
-def _refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
-    faults = []
-    if missing := info["missing_keys"]:
-        faults.append(f"missing {few(missing)}")
-    if surplus := info["unexpected_keys"]:
-        faults.append(f"surplus {few(surplus)}")
-    if shapes := info["mismatched_keys"]:
-        wrong = (f"{name} is {[*stored]}, not {[*wanted]}" for name, stored, wanted in shapes)
-        faults.append(f"wrongly shaped {few(wrong)}")
-    faults.extend(_one_line(message) for message in info["error_msgs"])
-    if faults:
-        raise CheckpointError(f"{directory}: tensors do not fit {CONFIG}: {'; '.join(faults)}")
-
-
-def _refuse_other_modules(directory: Path, model: PreTrainedModel) -> None:
-    """Refuse a trusted class of a known model type that is not built as transformers' own is."""
-    family = FAMILIES[model.config.model_type]
-    try:
-        for layer in cast(torch.nn.ModuleList, model.get_submodule(family.layers)):
-            layer.get_submodule(family.attention).get_submodule(family.output)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{directory}: its own {type(model).__name__} is not built like transformers'"
-            f" {model.config.model_type} ({_one_line(error)}); load it without trusting its code"
-        ) from error
-
-
-def _refuse_stored_as_integers(
-    directory: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
-) -> None:
-    names = model.state_dict().keys() & tensors.keys()
-    if wrong := [
-        f"{n} is {tensors[n].dtype}" for n in names if tensors[n].dtype not in DENSE_DTYPES
-    ]:
-        raise UnsupportedModelError(
-            f"{directory}: quantised weights: {few(wrong)}; EchoAtt needs a dense checkpoint"
-        )
-
-
-def _refuse_non_finite(directory: Path, model: PreTrainedModel, own_dtype: torch.dtype) -> None:
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        # The extremes take no memory, a mask would; NaN comes through as both
-        low, high = torch.aminmax(tensor)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            cast = f" as {str(tensor.dtype)[6:]}" if tensor.dtype != own_dtype else ""
-            advice = "try another dtype" if cast else "the checkpoint is damaged or was diverging"
-            raise CheckpointError(
-                f"{directory}: {name} holds NaN or infinite values{cast}; {advice}"
-            )
 
 
 @contextlib.contextmanager
@@ -452,9 +360,3 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.set_verbosity(verbosity)
             if bars:
                 transformers_logging.enable_progress_bar()
-
-
-def _one_line(error: object) -> str:
-    """The first 300 characters of a message, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"

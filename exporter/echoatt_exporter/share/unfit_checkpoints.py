@@ -1,0 +1,120 @@
+"""What makes a checkpoint unfit, each refused with the reason and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from echoatt_exporter.errors import CheckpointError, UnsupportedModelError
+from echoatt_exporter.share.modeling_echoatt import FAMILIES
+from echoatt_exporter.share.weight_files import DENSE_DTYPES, StoredTensor, few
+
+CONFIG = "config.json"
+
+
+def refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
+    """Refuse a configuration that says that the weights are quantised."""
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if found:
+        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+        raise UnsupportedModelError(
+            f"{directory}: a quantised checkpoint (method {method}); EchoAtt needs the dense one"
+            " and quantises on export"
+        )
+
+
+def refuse_foreign(
+    directory: Path, raw: dict[str, Any], family: str, trust_remote_code: bool
+) -> None:
+    """Refuse a type that is not in ``FAMILIES``, unless trusted code might turn it into one."""
+    if family == "gemma3":
+        raise UnsupportedModelError(
+            f"{directory}: a multimodal Gemma 3; only text checkpoints (model type gemma3_text)"
+            " are supported"
+        )
+    if "auto_map" in raw:
+        if trust_remote_code:
+            return
+        raise UnsupportedModelError(
+            f"{directory}: model type {family!r} comes with its own Python code, which is not run"
+            f" unless you trust it (--trust-remote-code); EchoAtt knows"
+            f" {', '.join(sorted(FAMILIES))}"
+        )
+    named = raw.get("architectures") or []
+    decoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not raw.get("is_encoder_decoder")
+    if not decoder or (
+        named and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
+    ):
+        raise UnsupportedModelError(
+            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows"
+            f" {', '.join(sorted(FAMILIES))}"
+        )
+    # what is left is a decoder of a family that architecture_of() refuses with its own message
+
+
+def refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
+    """Refuse tensors that are absent, surplus or wrongly shaped, by transformers' report."""
+    faults = []
+    if missing := info["missing_keys"]:
+        faults.append(f"missing {few(missing)}")
+    if surplus := info["unexpected_keys"]:
+        faults.append(f"surplus {few(surplus)}")
+    if shapes := info["mismatched_keys"]:
+        wrong = (f"{name} is {[*stored]}, not {[*wanted]}" for name, stored, wanted in shapes)
+        faults.append(f"wrongly shaped {few(wrong)}")
+    faults.extend(short(message) for message in info["error_msgs"])
+    if faults:
+        raise CheckpointError(f"{directory}: tensors do not fit {CONFIG}: {'; '.join(faults)}")
+
+
+def refuse_other_modules(directory: Path, model: PreTrainedModel) -> None:
+    """Refuse a trusted class of a known model type that is not built as transformers' own is."""
+    family = FAMILIES[model.config.model_type]
+    try:
+        for layer in cast(torch.nn.ModuleList, model.get_submodule(family.layers)):
+            layer.get_submodule(family.attention).get_submodule(family.output)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{directory}: its own {type(model).__name__} is not built like transformers'"
+            f" {model.config.model_type} ({short(error)}); load it without trusting its code"
+        ) from error
+
+
+def refuse_stored_as_integers(
+    directory: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
+) -> None:
+    """Refuse weights that were stored as integers or 8-bit floats and would be cast."""
+    names = model.state_dict().keys() & tensors.keys()
+    if wrong := [
+        f"{n} is {tensors[n].dtype}" for n in names if tensors[n].dtype not in DENSE_DTYPES
+    ]:
+        raise UnsupportedModelError(
+            f"{directory}: quantised weights: {few(wrong)}; EchoAtt needs a dense checkpoint"
+        )
+
+
+def refuse_non_finite(directory: Path, model: PreTrainedModel, own_dtype: torch.dtype) -> None:
+    """Refuse weights that are NaN or infinite, as stored or as cast to the model's dtype."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        # The extremes take no memory, a mask would; NaN comes through as both
+        low, high = torch.aminmax(tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            cast = f" as {str(tensor.dtype)[6:]}" if tensor.dtype != own_dtype else ""
+            advice = "try another dtype" if cast else "the checkpoint is damaged or was diverging"
+            raise CheckpointError(
+                f"{directory}: {name} holds NaN or infinite values{cast}; {advice}"
+            )
+
+
+def short(error: object) -> str:
+    """The first 300 characters of a message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
