@@ -180,7 +180,7 @@ def _progress(*, quiet: bool) -> Iterator[OnStep]:
     )
 
     headings = {
-        "load": "loading the checkpoint",
+        "load": "loading model and text",
         "samples": "comparing attention maps",
         "plans": "measuring plans",
     }

@@ -14,12 +14,21 @@ from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+    PercentFormatter,
+)
+from numpy.typing import NDArray
 
 from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.similarity import LayerSimilarity
@@ -38,12 +47,17 @@ class _Colors:
     paper: str
     ink: str
     faint: str
+    blank: str
     line: str
     mark: str
 
 
-_LIGHT = _Colors(paper="#ffffff", ink="#1a1d21", faint="#737a83", line="#1f5fbf", mark="#c2410c")
-_DARK = _Colors(paper="#16191d", ink="#e8eaed", faint="#8f97a1", line="#7ab0ff", mark="#ff9a62")
+_LIGHT = _Colors(
+    paper="#ffffff", ink="#1a1d21", faint="#646b74", blank="#e4e7eb", line="#1f5fbf", mark="#c2410c"
+)
+_DARK = _Colors(
+    paper="#16191d", ink="#e8eaed", faint="#8f97a1", blank="#343a41", line="#7ab0ff", mark="#ff9a62"
+)
 
 
 def similarity_figure(similarity: LayerSimilarity, *, dark: bool = False) -> Figure:
@@ -59,12 +73,15 @@ def similarity_figure(similarity: LayerSimilarity, *, dark: bool = False) -> Fig
         ("attention maps as they are", similarity.mean),
         ("first token dropped, rows renormalised", similarity.mean_without_first),
     )
-    maps = [np.asarray(values, dtype=np.float64) for _, values in panels]
-    # down to the next twentieth: round numbers at the colour bar's end
-    lowest = math.floor(min(float(values.min()) for values in maps) * 20) / 20
+    maps = [_without_diagonal(values) for _, values in panels]
+    # out to the next twentieth: round numbers at the colour bar's ends
+    limits = (
+        math.floor(min(float(np.nanmin(values)) for values in maps) * 20) / 20,
+        math.ceil(max(float(np.nanmax(values)) for values in maps) * 20) / 20,
+    )
     axes = [figure.add_subplot(1, 2, column) for column in (1, 2)]
     images = [
-        _heat_map(axis, values, lowest, title, colors)
+        _heat_map(axis, values, limits, title, colors)
         for axis, values, (title, _) in zip(axes, maps, panels, strict=True)
     ]
     bar = figure.colorbar(images[-1], ax=axes, shrink=0.78, pad=0.02, aspect=28)
@@ -74,7 +91,8 @@ def similarity_figure(similarity: LayerSimilarity, *, dark: bool = False) -> Fig
     _title(
         figure,
         f"How alike the layers of {similarity.model} attend",
-        f"mean over {similarity.samples:,} samples of {similarity.length:,} tokens",
+        f"mean over {similarity.samples:,} samples of {similarity.length:,} tokens;"
+        " a layer is 1 to itself",
         colors,
     )
     return figure
@@ -118,12 +136,16 @@ def trade_off_figure(search: PlanSearch, *, dark: bool = False) -> Figure:
     axis.xaxis.set_major_locator(MultipleLocator(0.1))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlim(left=0)
-    axis.margins(x=0.08, y=0.1)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    # room for the last number
+    axis.set_xlim(0, 1.1 * max((plan.plan.ratio for plan in measured), default=1.0))
+    axis.margins(y=0.1)
     axis.set_xlabel("followers, of all layers", color=colors.ink, fontsize=13)
     axis.set_ylabel("KL to the unshared model, nats a token", color=colors.ink, fontsize=13)
     axis.grid(which="major", color=colors.faint, alpha=0.3, lw=0.8)
-    axis.legend(loc="upper left", fontsize=12, frameon=False, labelcolor=colors.ink)
+    # nothing lies below the front
+    axis.legend(loc="lower right", fontsize=12, frameon=False, labelcolor=colors.ink)
     _title(
         figure,
         "What sharing costs, before any training",
@@ -184,12 +206,22 @@ def _style(axis: Axes, colors: _Colors) -> None:
         spine.set_visible(name in ("left", "bottom"))
 
 
+def _without_diagonal(values_LL: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values between different layers; the ones of the diagonal would take up the colours."""
+    return np.where(np.eye(len(values_LL), dtype=bool), np.nan, values_LL)
+
+
 def _heat_map(
-    axis: Axes, values_LL: np.ndarray, lowest: float, title: str, colors: _Colors
+    axis: Axes,
+    values_LL: NDArray[np.float64],
+    limits: tuple[float, float],
+    title: str,
+    colors: _Colors,
 ) -> AxesImage:
     _style(axis, colors)
     axis.spines[:].set_visible(False)
-    image = axis.imshow(values_LL, cmap=_COLORMAP, vmin=lowest, vmax=1.0)
+    colormap = colormaps[_COLORMAP].with_extremes(bad=colors.blank)
+    image = axis.imshow(values_LL, cmap=colormap, vmin=limits[0], vmax=limits[1])
     layers = len(values_LL)
     for dimension in (axis.xaxis, axis.yaxis):
         if layers <= _LABELLED_TICKS:
@@ -201,20 +233,17 @@ def _heat_map(
     axis.set_ylabel("layer", color=colors.ink, fontsize=12)
     if layers <= _ANNOTATED_LAYERS:
         size = 8 if layers > 12 else 9 if layers > 10 else 11
+        rgba_LLC = image.to_rgba(values_LL)
         for (row, column), value in np.ndenumerate(values_LL):
-            red, green, blue, _ = image.to_rgba(value)
+            if row == column:
+                continue
+            red, green, blue, _ = rgba_LLC[row, column]
             bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             axis.text(
-                column, row, _short(float(value)), ha="center", va="center", fontsize=size,
-                color="#000000" if bright else "#ffffff",
+                column, row, f"{value:.2f}".replace("0.", ".", 1), ha="center", va="center",
+                fontsize=size, color="#000000" if bright else "#ffffff",
             )  # fmt: skip
     return image
-
-
-def _short(value: float) -> str:
-    """Two decimals without the zero before the point: .87; the diagonal is 1."""
-    text = f"{value:.2f}"
-    return "1" if text == "1.00" else text.replace("0.", ".", 1)
 
 
 def _points(plans: Sequence[PlanCandidate]) -> tuple[list[float], list[float]]:

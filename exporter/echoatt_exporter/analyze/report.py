@@ -141,9 +141,9 @@ def _ranking(report: AnalysisReport) -> list[dict[str, Any]]:
             "layer": layer,
             "role": f"follows {plan.sources[layer]}"
             if plan.is_follower(layer)
-            else "lends"
+            else "lends its attention"
             if layer in plan.shared_sources
-            else "own",
+            else "own attention",
             "mean": report.importance[layer],
             "percent": round(100 * min(1.0, max(0.0, report.importance[layer])), 1),
             "without_first": float(without_first_L[layer]) / max(1, len(layers) - 1),

@@ -1,0 +1,277 @@
+"""``echoatt analyze``: a folder with a plan and a report, or one line that says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from matplotlib.image import imread
+from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from echoatt_cli import main
+from echoatt_cli.analyze import _METHODS
+from echoatt_exporter import SharingPlan, load_student
+from echoatt_exporter.analyze.choice import Method
+from echoatt_exporter.analyze.similarity import LayerSimilarity
+from echoatt_exporter.share.checkpoint import load_teacher
+from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
+
+LAYERS, LENGTH = 4, 24
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, with a tokenizer of one-letter words, whose name wants to be markup."""
+    directory = tmp_path_factory.mktemp("models") / "tiny<script>&"
+    build_tiny_model("llama", num_hidden_layers=LAYERS).save_pretrained(directory)
+    words = {"<unk>": 0} | {chr(ord("a") + index): index + 1 for index in range(26)}
+    words |= {f"w{index}": index for index in range(len(words), VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}'
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven documents of random letters, each of a window and a half."""
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("texts") / "some <script> letters.jsonl"
+    documents = torch.randint(97, 123, (7, LENGTH * 3 // 2), generator=generator).tolist()
+    lines = (json.dumps({"text": " ".join(map(chr, document))}) for document in documents)
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(*arguments)``: exit code, standard output and standard error of ``echoatt``."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a run of the command left and printed."""
+
+    out: Path
+    printed: str
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.out / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def by_cost(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    """The default method, run once."""
+    out = tmp_path_factory.mktemp("analyses") / "by cost"
+    arguments = ("analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([str(argument) for argument in arguments]) == 0
+    return Analysis(out, printed.getvalue())
+
+
+def test_methods_are_those_of_the_library() -> None:
+    assert get_args(Method) == _METHODS
+
+
+def test_cost_writes_everything_and_shows_the_front(by_cost: Analysis, text: Path) -> None:
+    assert sorted(path.name for path in by_cost.out.iterdir()) == [
+        "front", "plan.json", "report.html", "search.json", "similarity.json", "similarity.png"
+    ]  # fmt: skip
+    assert [path.name for path in by_cost.out.parent.iterdir()] == ["by cost"]
+    search, plan = by_cost.read("search.json"), by_cost.read("plan.json")
+    assert plan["sources"] == search["chosen"]["sources"]
+    assert (plan["method"], plan["ratio"]) == ("cost", 0.25)
+    assert plan["kl"] == search["chosen"]["kl"] > 0
+    front = [one["followers"] for one in search["front"]]
+    assert front == [1, 2, 3]  # up to 75 %
+    for one in search["front"]:
+        file = by_cost.out / "front" / f"0{one['followers']}-of-4.json"
+        assert list(SharingPlan.load(file).sources) == one["sources"]
+        assert f"{one['kl']:.4f} ± {one['kl_standard_error']:.4f}" in by_cost.printed
+    assert by_cost.printed.startswith("plan: ● ")
+    assert "(1 of 4 layers follow, 25%" in by_cost.printed
+    assert "7 samples of 24 tokens" in by_cost.printed
+    similarity = LayerSimilarity.load(by_cost.out / "similarity.json")
+    assert (similarity.samples, similarity.length, similarity.seed) == (7, LENGTH, 0)
+    assert similarity.text_digest == plan["text_digest"] == texts_digest(read_texts([text]))
+    png = imread(by_cost.out / "similarity.png")
+    assert png.shape[:2] == (1080, 1920)
+    assert png[..., :3].std() > 0.1
+
+
+def test_the_plan_is_what_was_measured(by_cost: Analysis, checkpoint: Path, text: Path) -> None:
+    """Student and teacher are run here, on the calibration windows."""
+    plan = SharingPlan.load(by_cost.out / "plan.json")
+    windows = sample_windows(read_texts([text]), load_tokenizer(checkpoint), length=24, count=200)
+    teacher, student = load_teacher(checkpoint), load_student(checkpoint, plan)
+    with torch.no_grad():
+        expected, found = (
+            model(input_ids=windows).logits.double().log_softmax(-1) for model in (teacher, student)
+        )
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert by_cost.read("plan.json")["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_the_page_has_the_measured_numbers_and_escaped_names(by_cost: Analysis) -> None:
+    html = (by_cost.out / "report.html").read_text()
+    assert "<script" not in html
+    assert "tiny&lt;script&gt;&amp;: which layers may share attention" in html
+    assert "some &lt;script&gt; letters.jsonl" in html
+    for one in by_cost.read("search.json")["front"]:
+        for name in ("kl", "kl_standard_error", "perplexity_ratio", "parameters"):
+            assert f'<data value="{one[name]}">' in html
+
+
+def test_max_kl_without_alignment(
+    by_cost: Analysis, checkpoint: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    limit = by_cost.read("search.json")["front"][1]["kl"] * 1.2
+    code, printed, err = run(
+        "analyze", checkpoint, "--text", text, "--out", tmp_path / "o", "--length", LENGTH,
+        "--max-kl", limit, "--no-align", "--calibration-windows", 3, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    report = json.loads(printed)
+    assert report["chosen"]["kl"] <= limit
+    assert report["chosen"] in report["front"]
+    assert report["calibration_windows"] == 3
+    assert report["alignment"] is None
+    assert all(one["head_orders"] == [] for one in report["front"])
+    assert "head_orders" not in json.loads((tmp_path / "o" / "plan.json").read_text())
+
+
+def test_paper_replaces_an_analysis_and_measures_the_same(
+    by_cost: Analysis, checkpoint: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    shutil.copytree(by_cost.out, out)
+    command = (
+        "analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH,
+        "--method", "paper", "--ratio", 0.5,
+    )  # fmt: skip
+    code, _, err = run(*command)
+    assert (code, err) == (2, f"echoatt: {out}: exists; name another folder, or pass --force\n")
+    code, printed, _ = run(*command, "--force")
+    assert code == 0
+    assert "(2 of 4 layers follow, 50%" in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        "plan.json", "report.html", "similarity.json", "similarity.png"
+    ]  # fmt: skip
+    same = (out / "similarity.json").read_bytes()
+    assert same == (by_cost.out / "similarity.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_failure_at_the_end_leaves_what_was_there(
+    by_cost: Analysis,
+    checkpoint: Path,
+    text: Path,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("echoatt_exporter.analyze.run.render_report", fail)
+    out = tmp_path / "o"
+    shutil.copytree(by_cost.out, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    command = (
+        "analyze", checkpoint, "--text", text, "--length", LENGTH, "--seed", 1, "--samples", 3,
+        "--method", "threshold", "--min-similarity", 0, "--force",
+    )  # fmt: skip
+    code, printed, err = run(*command, "--out", out)
+    assert (code, printed) == (2, "")
+    assert err.count("\n") == 1
+    assert "cannot write the analysis" in err
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert run(*command, "--out", tmp_path / "new")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ratio", "0.5", "--max-kl", "1"), "either --ratio or --max-kl, not both"),
+        (("--min-similarity", "0.5"), "--min-similarity does not go with the method cost"),
+        (("--method", "paper", "--max-kl", "1"), "method paper, which takes --ratio"),
+        (("--method", "threshold"), "threshold needs --min-similarity"),
+        (("--method", "threshold", "--min-similarity", "2"), "outside 0 to 1"),
+        (("--ratio", "nan"), "outside 0 to 1"),
+        (("--ratio", "0.9"), "at most 3 can be"),
+        (("--max-kl", "0"), "more than 0"),
+        (("--samples", "1"), "two samples"),
+        (("--length", "65"), "context of 64"),
+        (("--length", "1"), "context of 64"),
+        (("--length", "40"), "the longest has 36"),
+        (("--device", "abacus"), "abacus"),
+        (("--text", "{tmp}/absent.txt"), "absent.txt"),
+        (("--text", "{tmp}/blank.txt"), "no text"),
+        (("--text", "{tmp}/short.txt"), "one sample of 24 tokens"),
+        (("--text", "{tmp}/model.onnx"), "not a kind of text file"),
+        (("--out", "{tmp}", "--force"), "which is no part of an analysis"),
+        (("--out", "{tmp}/blank.txt"), "is a file"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_long_work(
+    options: tuple[str, ...],
+    message: str,
+    checkpoint: Path,
+    text: Path,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("echoatt_exporter.analyze.run.measure_similarity")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("a b c " * (LENGTH // 2))
+    (tmp_path / "model.onnx").touch()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = run(
+        "analyze", checkpoint, "--text", text, "--out", tmp_path / "o", "--length", LENGTH,
+        *(option.format(tmp=tmp_path) for option in options),
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert err.startswith("echoatt: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_students_and_directories_without_a_tokenizer_are_refused(
+    checkpoint: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    command = ("--text", text, "--out", tmp_path / "o", "--length", LENGTH)
+    student = load_student(checkpoint, "1:0")
+    student.save_pretrained(tmp_path / "student")
+    code, _, err = run("analyze", tmp_path / "student", *command)
+    assert code == 2
+    assert "is a student; a teacher is needed here" in err
+    shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, _, err = run("analyze", tmp_path / "bare", *command)
+    assert code == 2
+    assert "no tokenizer that loads" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
