@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Sources = tuple[int, ...]
+Pair = tuple[int, int]  # follower, source
 
 
-def admissible_pairs(layer_kinds: Sequence[str]) -> Iterator[tuple[int, int]]:
+def admissible_pairs(layer_kinds: Sequence[str]) -> Iterator[Pair]:
     """Every (follower, source) that a plan may hold: an earlier layer of the same kind."""
     for follower, kind in enumerate(layer_kinds):
         for source in range(follower):
