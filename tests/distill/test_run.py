@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -250,6 +251,18 @@ def test_what_cannot_be_trained_leaves_nothing(
     assert not out.exists()
 
 
+def test_a_disk_that_refuses_is_one_line(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HealingStudent, "save_pretrained", refuse)
+    with pytest.raises(TrainingError, match=r"out: cannot be written \(.*No space left") as caught:
+        distill(inputs[0], inputs[1], [inputs[2]], tmp_path / "out", CONFIG)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_models_student_is_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     wider = save_teacher(tmp_path / "wider", hidden_size=48)
     with pytest.raises(
@@ -374,7 +387,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     command = [
         *(sys.executable, "-m", "echoatt_cli"),
         *_arguments(teacher, student, text, tmp_path / "two"),
-        *("--gradient-accumulation=1", "--stage1-steps=3", "--stage2-steps=2"),
+        *("--gradient-accumulation=1", "--stage1-steps=2", "--stage2-steps=1"),
     ]
     workers = [
         subprocess.Popen(
@@ -390,7 +403,7 @@ def test_two_processes_are_one_with_twice_the_batch(
         for rank in range(2)
     ]
     config = dataclasses.replace(
-        CONFIG, batch_size=4, gradient_accumulation=1, stage1_steps=3, stage2_steps=2
+        CONFIG, batch_size=4, gradient_accumulation=1, stage1_steps=2, stage2_steps=1
     )
     distill(teacher, student, [text], tmp_path / "one", config)
     try:

@@ -147,13 +147,15 @@ def distill(
         for stage, stage_rows in zip(stages, data, strict=True):
             done = folder.stage_student(stage.number)
             if stage.steps and not done.is_dir():
-                run.train(latest, stage, stage_rows)
+                with _one_line_errors(folder.root):
+                    run.train(latest, stage, stage_rows)
             if done.is_dir():
                 latest = load_student(done, None)
     if not main:
         return None
     lines = folder.read_log()
-    draw_curves(lines, folder.curves)
+    with _one_line_errors(folder.root):
+        draw_curves(lines, folder.curves)
     latest.generation_config = student.generation_config
     nn.Module.to(latest, dtype)
     save_student(latest, folder.student, student_dir, trust_remote_code=trust_remote_code)
@@ -209,10 +211,9 @@ class _Run:
         )
         start = time.perf_counter()
         partial = folder.stage_student(stage.number).with_suffix(".partial")
-        with _one_line_errors(folder.root):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            self.seconds += time.perf_counter() - start
-            trainer.save_model(str(partial))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.seconds += time.perf_counter() - start
+        trainer.save_model(str(partial))
         self.trained += (stage.steps - trainer.resumed_step) * trainer.tokens_a_step
         _wait(arguments)
         if main:

@@ -11,6 +11,7 @@ from typing import Any
 
 from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.errors import OutputExistsError, TrainingError
+from echoatt_exporter.share.weight_files import read_json_object
 
 # Written last by transformers.Trainer, so a checkpoint with a whole one is whole
 _STATE = "trainer_state.json"
@@ -87,10 +88,11 @@ class RunFolder:
         Raises:
             TrainingError: the run in the folder was begun with something else; or the folder
                 cannot be made.
+            CheckpointError: the folder's own record cannot be read.
         """
         asked: dict[str, Any] = {**inputs, **config.to_dict()}
         if self.inputs.exists():
-            found = json.loads(self.inputs.read_text(encoding="utf-8"))
+            found = read_json_object(self.inputs)
             changed = [
                 f"{name} ({found.get(name)} before, {asked.get(name)} now)"
                 if name not in ("teacher", "student", "text")
