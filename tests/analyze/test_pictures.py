@@ -61,6 +61,15 @@ def test_heat_maps_are_a_slide_with_the_numbers_in_their_cells() -> None:
     assert min(sizes) >= 8
 
 
+def test_titles_fit_and_need_no_font_of_their_own() -> None:
+    figure = similarity_figure(similarity_of(2, model="a\n" + "m" * 99))
+    title = figure.texts[0]
+    assert title.get_text() == "How alike the layers of a " + "m" * 25 + "…"
+    extent = title.get_window_extent()
+    assert 0 < extent.x0 < extent.x1 < figure.bbox.width
+    assert image_bytes(similarity_figure(similarity_of(2, model="模型")), "svg")
+
+
 def test_the_same_similarity_gives_the_same_bytes() -> None:
     first, second = (image_bytes(similarity_figure(similarity_of(3)), "svg") for _ in range(2))
     assert first == second
@@ -113,8 +122,28 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     assert (out / "plan.json").read_text() == "1"
     with published(out, force=True) as stage:
         (stage / "report.html").write_text("3")
+        assert (out / "plan.json").read_text() == "1"  # whenever the process is killed
     assert [path.name for path in out.iterdir()] == ["report.html"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "plan.json").write_text("1")
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(AnalysisError, match="Input/output"), published(out, force=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "plan.json").read_text() == "1"
 
 
 def test_a_folder_with_anything_in_it_is_kept(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,7 @@ _INCHES, _DPI = (12.8, 7.2), 150
 # Cells of more layers are too small for a readable number
 _ANNOTATED_LAYERS = 16
 _LABELLED_TICKS = 16
+_TITLE_LETTERS = 52
 # Perceptually uniform, and told apart by the colour-blind too
 _COLORMAP = "viridis"
 
@@ -169,7 +171,10 @@ def image_bytes(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     """
     FigureCanvasAgg(figure)
     out = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "echoatt", "svg.fonttype": "path"}):
+    settings = mpl.rc_context({"svg.hashsalt": "echoatt", "svg.fonttype": "path"})
+    with settings, warnings.catch_warnings():
+        # a model's name may be in letters that the font lacks: they are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(
             out, format=kind, dpi=_DPI, facecolor=figure.get_facecolor(),
             metadata={"Date": None} if kind == "svg" else {"Software": None},
@@ -185,17 +190,19 @@ def _figure(colors: _Colors) -> Figure:
 
 def _title(figure: Figure, title: str, subtitle: str, colors: _Colors) -> None:
     for height, line, color, size, weight in (
-        (0.945, title, colors.ink, 20, "bold"),
+        (0.945, _clipped(title), colors.ink, 20, "bold"),
         (0.902, subtitle, colors.faint, 13, "normal"),
     ):
         figure.text(
-            0.5, height, _clipped(line, 80), ha="center", va="center", color=color, fontsize=size,
+            0.5, height, line, ha="center", va="center", color=color, fontsize=size,
             fontweight=weight, parse_math=False,
         ).set_in_layout(False)  # fmt: skip
 
 
-def _clipped(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+def _clipped(line: str) -> str:
+    """A title as it fits on the slide; names in it may be long, or broken."""
+    line = " ".join(line.split())
+    return line if len(line) <= _TITLE_LETTERS else f"{line[: _TITLE_LETTERS - 1]}…"
 
 
 def _style(axis: Axes, colors: _Colors) -> None:
