@@ -1,0 +1,105 @@
+"""Perplexity of students without any training: how plans are chosen, with heads lined up or not.
+
+    .venv/bin/python -m samples.evidence.untrained
+
+Plans are chosen on the training books and judged on the held-out ones. Writes each plan to
+``results/plans``; ``heal.py`` takes the cheapest of each ratio from there.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from samples.evidence.common import (
+    LENGTH,
+    RATIOS,
+    arguments,
+    held_out,
+    percent,
+    publish,
+    score,
+    table,
+)
+
+from echoatt_exporter import SharingPlan, share_attention
+from echoatt_exporter.analyze.match_heads import align_plan
+from echoatt_exporter.analyze.probe import PlanProbe
+from echoatt_exporter.analyze.search import search_plans
+from echoatt_exporter.analyze.select import paper_plan
+from echoatt_exporter.analyze.similarity import measure_similarity
+from echoatt_exporter.evaluate.score import compare_scores
+from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher
+from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
+
+SAMPLES, CALIBRATION, SEED = 200, 24, 0
+
+
+def main() -> None:
+    """Choose the plans, write them, and score their students on the held-out books."""
+    args = arguments(__doc__)
+    teacher = load_teacher(args.model, dtype=torch.float32)
+    tokenizer = load_tokenizer(args.model)
+    texts = read_texts([args.train])
+    windows = sample_windows(texts, tokenizer, length=LENGTH, count=SAMPLES, seed=SEED)
+    similarity, heads = measure_similarity(
+        teacher,
+        windows,
+        text_digest=texts_digest(texts),
+        model=args.model.name,
+        checkpoint_digest=checkpoint_digest(args.model),
+        seed=SEED,
+    )
+    probe = PlanProbe(teacher, windows[:CALIBRATION])
+    shape = probe.architecture
+
+    valid = held_out(args.valid)
+    reference = score(teacher, valid, tokenizer)
+    rows, data = [], dict[str, Any]()
+    for ratio in RATIOS:
+        paper = paper_plan(similarity, shape, ratio)
+        plans = {"paper": paper, "paper, aligned": align_plan(paper, heads, shape)}
+        for name, aligning in (("cost", None), ("cost, aligned", heads)):
+            search = search_plans(
+                probe, shape, teacher.config, ratio=ratio, head_similarity=aligning
+            )
+            plans[name] = search.chosen.plan
+        row = [f"{percent(ratio)} ({len(paper.followers)} of {shape.num_layers})"]
+        for name, plan in plans.items():
+            student = share_attention(copy.deepcopy(teacher), plan)
+            result = compare_scores(score(student, valid, tokenizer), reference)
+            kl = probe.measure(plan).kl
+            data[f"{percent(ratio)}, {name}"] = {
+                "sources": plan.sources,
+                "calibration_kl": kl,
+                "perplexity_ratio": result.ratio,
+                "interval": result.interval,
+            }
+            low, high = result.interval
+            row.append(f"{result.ratio:.3f} ({low:.3f} to {high:.3f})")
+            file = args.results / "plans" / f"{percent(ratio)[:2]}-{name.replace(', ', '-')}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(_plan_file(plan, kl), encoding="utf-8")
+            print(
+                ratio,
+                name,
+                plan.sources,
+                f"KL {kl:.4f}, perplexity x {result.ratio:.4f}",
+                flush=True,
+            )
+        rows.append(row)
+    header = ["followers", *(name for name in plans)]
+    heading = (
+        f"Perplexity over the teacher's ({reference.perplexity:.2f}; {reference.tokens:,} tokens of"
+        " the held-out books), with 95 % intervals, before any training:\n\n"
+    )
+    publish(args.results, "untrained", data, heading + table(header, rows))
+
+
+def _plan_file(plan: SharingPlan, kl: float) -> str:
+    return plan.to_json()[:-2] + f', "kl": {kl}}}\n'
+
+
+if __name__ == "__main__":
+    main()
