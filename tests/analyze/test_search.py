@@ -144,16 +144,6 @@ def test_heads_are_lined_up(tiny_model: Models, windows: torch.Tensor) -> None:
         (0, 1, 2, 1, 4, 5), ((), (), (), tuple(order), (), ())
     )
     assert probe.measure(aligned.chosen.plan) == aligned.chosen.cost
-    # lining up what is better left as it is makes nothing dearer
-    admissible = ~np.isnan(plain.pair_costs)
-    saved = (plain.pair_costs - aligned.pair_costs)[admissible]
-    assert saved.min() == 0 < saved.max()
-    larger = search(probe, ratio=0.5, head_similarity=heads)
-    alone = {c.plan.sources: c.plan for c in larger.candidates if len(c.plan.followers) == 1}
-    for plan in (candidate.plan for candidate in larger.candidates):
-        for layer in plan.followers:  # a pair has one order, in whichever plan
-            pair = SharingPlan.from_pairs(f"{layer}:{plan.sources[layer]}", 6)
-            assert plan.head_order(layer) == alone[pair.sources].head_order(layer)
 
 
 def test_kinds_budget_progress_and_json(tiny_model: Models, windows: torch.Tensor) -> None:
@@ -208,7 +198,7 @@ def test_the_front_holds_what_nothing_beats(tiny_model: Models, windows: torch.T
         ({"max_kl": float("nan")}, "a KL of at most nan cannot be"),
         (
             {"ratio": 0.5, "budget": 7},
-            "7 measurements are too few: pairs take 6 .* at least 2; allow 8",
+            "7 measurements are too few: 6 pairs and 2 larger plans .* 8",
         ),
         ({"ratio": 0.5, "context": 65}, "a context of 65 tokens is outside"),
     ],

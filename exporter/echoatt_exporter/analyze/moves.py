@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Sources = tuple[int, ...]
-Pair = tuple[int, int]  # follower, source
 
 
-def admissible_pairs(layer_kinds: Sequence[str]) -> Iterator[Pair]:
+def admissible_pairs(layer_kinds: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Every (follower, source) that a plan may hold: an earlier layer of the same kind."""
     for follower, kind in enumerate(layer_kinds):
         for source in range(follower):

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from echoatt_exporter.analyze.footprint import DecoderSize, PlanFootprint
 from echoatt_exporter.analyze.match_heads import align_plan
-from echoatt_exporter.analyze.moves import Moves, Pair, Sources, admissible_pairs
+from echoatt_exporter.analyze.moves import Moves, Sources, admissible_pairs
 from echoatt_exporter.analyze.probe import PlanCost, PlanProbe
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
@@ -77,9 +77,8 @@ class PlanSearch:
 
     Attributes:
         pair_costs: [L, L] KL of the plan in which the layer of the row alone follows the layer of
-            the column, with the better of its head orders; NaN where it may not.
-        candidates: every plan measured, by follower count, then from cheap to dear; of a pair with
-            and without a head order the cheaper one.
+            the column; NaN where it may not.
+        candidates: every plan measured, by follower count, then from cheap to dear.
         front: of each follower count the cheapest plan, but for those that one with more followers
             beats or equals; by follower count.
         chosen: the plan that was asked for.
@@ -145,8 +144,7 @@ def search_plans(
         max_kl: instead of ``ratio``: the most that the plan may cost, nats a token.
         max_ratio: how far the front goes if further than ``ratio``; with ``max_kl`` the largest
             ratio that is tried, by default all.
-        head_similarity: where given, a follower's heads are lined up with its source's if the pair
-            alone is cheaper so, which takes a second measurement of each pair.
+        head_similarity: where given, every follower's heads are lined up with its source's.
         budget: the most plans to measure, pairs included; by default the pairs and some for each
             follower count. More makes the search wider.
         context: tokens that the footprints count with; by default 2048, or what the model has.
@@ -166,45 +164,28 @@ def search_plans(
     last = wanted or most
     if max_ratio is not None:
         last = max(wanted or 1, _followers(max_ratio, architecture, most))
-    orders = _head_orders(pairs, head_similarity, architecture)
-    trials = len(pairs) + len(orders)
-    least = trials + last - 1
+    least = len(pairs) + last - 1
     if budget is None:
         budget = least + (_PLANS_PER_COUNT - 1) * (last - 1) + 2 * _PLANS_PER_COUNT
     elif budget < least:
         raise AnalysisError(
-            f"{budget} measurements are too few: pairs take {trials} and larger plans at least"
-            f" {last - 1}; allow {least}, or give fewer or shorter windows to make each cheaper"
+            f"{budget} measurements are too few: {len(pairs)} pairs and {last - 1} larger plans"
+            f" take {least}; allow more, or give fewer or shorter windows to make each cheaper"
         )
     if context is None:
         context = min(_DEFAULT_CONTEXT, architecture.context_length)
     size = DecoderSize.of(config)
 
-    def judge(plan: SharingPlan) -> PlanCandidate:
+    def judge(sources: Sources) -> PlanCandidate:
+        plan = SharingPlan(sources)
+        if head_similarity is not None:
+            plan = align_plan(plan, head_similarity, architecture)
         footprint = size.with_plan(plan, context=context, bytes_per_element=bytes_per_element)
         return PlanCandidate(plan, probe.measure(plan), footprint)
 
-    search = _Search(judge, orders, budget, on_measured)
-    return search.run(pairs, architecture.num_layers, wanted, max_kl, last)
-
-
-def _head_orders(
-    pairs: list[Pair], similarity: HeadSimilarity | None, architecture: DecoderArchitecture
-) -> dict[Pair, tuple[int, ...]]:
-    """The head order that lines a follower up with its source, of the pairs that have one."""
-    if similarity is None:
-        return {}
-    found = {}
-    for follower, source in pairs:
-        plan = SharingPlan(_alone(follower, source, architecture.num_layers))
-        if order := align_plan(plan, similarity, architecture).head_order(follower):
-            found[follower, source] = order
-    return found
-
-
-def _alone(follower: int, source: int, num_layers: int) -> Sources:
-    """The plan with one follower."""
-    return tuple(source if layer == follower else layer for layer in range(num_layers))
+    return _Search(judge, budget, on_measured).run(
+        pairs, architecture.num_layers, wanted, max_kl, last
+    )
 
 
 def _followers(ratio: float, architecture: DecoderArchitecture, most: int) -> int:
@@ -227,13 +208,11 @@ class _Search:
 
     def __init__(
         self,
-        judge: Callable[[SharingPlan], PlanCandidate],
-        orders: dict[Pair, tuple[int, ...]],
+        judge: Callable[[Sources], PlanCandidate],
         budget: int,
         on_measured: OnMeasured | None,
     ) -> None:
         self._judge = judge
-        self._orders = orders
         self._budget = budget
         self._on_measured = on_measured
         self._measured: dict[int, dict[Sources, PlanCandidate]] = {}  # by follower count
@@ -241,7 +220,7 @@ class _Search:
 
     def run(
         self,
-        pairs: list[Pair],
+        pairs: list[tuple[int, int]],
         num_layers: int,
         wanted: int | None,
         max_kl: float | None,
@@ -249,9 +228,10 @@ class _Search:
     ) -> PlanSearch:
         """Measure pairs, then plans of up to ``last`` followers; see :func:`search_plans`."""
         costs_LL = np.full((num_layers, num_layers), np.nan)
+        unshared = tuple(range(num_layers))
         for follower, source in pairs:
-            plan = _alone(follower, source, num_layers)
-            costs_LL[follower, source] = self._measure_pair((follower, source), plan)
+            plan = (*unshared[:follower], source, *unshared[follower + 1 :])
+            costs_LL[follower, source] = self._measure(plan).cost.kl
         moves = Moves(costs_LL)
         by_sum = moves.cheapest_by_sum(last)
         fitting = self._best(1)
@@ -287,21 +267,8 @@ class _Search:
             measurements=self._count,
         )
 
-    def _measure_pair(self, pair: Pair, plan: Sources) -> float:
-        """The KL of a pair alone, its heads lined up from now on only if that makes it cheaper."""
-        best = self._measure(plan)
-        if order := self._orders.pop(pair, None):
-            plain = self._measure(plan)
-            if best.cost.kl < plain.cost.kl:
-                self._orders[pair] = order
-                self._measured[1][plan] = best
-            else:
-                best = plain
-        return best.cost.kl
-
     def _measure(self, sources: Sources) -> PlanCandidate:
-        orders = (self._orders.get(pair, ()) for pair in enumerate(sources))
-        candidate = self._judge(SharingPlan(sources, tuple(orders)))
+        candidate = self._judge(sources)
         self._measured.setdefault(len(candidate.plan.followers), {})[sources] = candidate
         self._count += 1
         if self._on_measured is not None:
