@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if item.path.name != "test_families.py" or item.path.parent.name != "export":
-            shares = item.path.parent if item.path.parent.name == "parity" else item.path
+            whole_folder = item.path.parent.name in ("parity", "bench")
+            shares = item.path.parent if whole_folder else item.path
             item.add_marker(pytest.mark.xdist_group(str(shares)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from echoatt_bench.engine import Decode, Load, Prefill
 from echoatt_runtime.errors import DamagedBundleError
-from echoatt_runtime.generate import BatchDecoder, Chunk, run_chunk
+from echoatt_runtime.generate import BatchDecoder, Chunk, TokenStep, run_chunk
 from echoatt_runtime.kv_cache import KVCache, bucket_capacity
 from echoatt_runtime.model import EchoModel
 from echoatt_runtime.sampling import SamplingParams
@@ -41,7 +41,10 @@ class TimedSession:
 
 
 class BundleEngine:
-    """A bundle. Before decoding, caches are filled with small random numbers, not by a prefill."""
+    """A bundle. It decodes with the caches of its last prefill, if that was as long.
+
+    Else they are filled with small random numbers, which takes the time of no prefill.
+    """
 
     PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
@@ -52,6 +55,8 @@ class BundleEngine:
         session = self._model.session
         self._timed = session._ort_session = TimedSession(session._ort_session)
         self._cache: KVCache | None = None
+        # tokens of each row that the cache holds
+        self._valid = 0
         self._sequences: list[list[int]] = []
 
     def facts(self) -> dict[str, Any]:
@@ -60,42 +65,46 @@ class BundleEngine:
         return {
             "version": f"EchoAtt {version('echoatt')}, ONNX Runtime {version('onnxruntime')}",
             "cache_bytes_per_token": manifest.cache_bytes_per_token,
-            "prefill_chunk": self._model.prefill_chunk,
-            "capacity": self._capacity(),
         }
 
     def prefill(self, context: int) -> Prefill:
         """See ``Engine``."""
         prompts = self._tokens_BT[:, :context].tolist()
+        self._cache = None
         begin = time.perf_counter()
-        steps = self._decoder(prompts, 1).step()
+        decoder = self._decoder(prompts, 1)
+        steps = decoder.step()
         seconds = time.perf_counter() - begin
+        self._cache, self._valid, self._sequences = decoder._cache, context, []
         return Prefill(seconds, [step.token_id for step in steps])
 
     def decode(self, start: int, new_tokens: int) -> Decode:
         """See ``Engine``; ``extra`` has the time outside ONNX Runtime, and that of making text."""
-        decoder = self.decoder_at(start, new_tokens)
-        inside = [self._timed.seconds]
-        marks = [time.perf_counter()]
-        chosen = []
+        self._cache = self._cache_at(start)
+        if self._load.batch == 1 or not self._sequences:
+            self._sequences = self._tokens_BT[:, :start].tolist()
+        # the prompts' last token is run before anything is timed, unless that was done before
+        untimed = start + 1 - len(self._sequences[0])
+        decoder = self._decoder(self._sequences, untimed + new_tokens)
+        decoder._cache = self._cache
+        for _ in range(untimed):
+            self._extend(decoder.step())
+        inside, marks = [self._timed.seconds], [time.perf_counter()]
         for _ in range(new_tokens):
-            chosen.append([step.token_id for step in decoder.step()])
+            self._extend(decoder.step())
             marks.append(time.perf_counter())
             inside.append(self._timed.seconds)
         outside = np.diff(marks) - np.diff(inside)
-        tokens_BS = np.array(chosen).T.tolist()
-        self._sequences = [
-            [*row, *new] for row, new in zip(self._sequences, tokens_BS, strict=True)
-        ]
+        tokens = self._sequences[0][-new_tokens:]
+        self._valid = max(self._valid, start + new_tokens)
         extra = {"python": float(np.median(outside))}
         with contextlib.suppress(DamagedBundleError):  # a bundle without a tokenizer
-            extra["text"] = self._text_seconds(tokens_BS[0])
-        return Decode(np.diff(marks).tolist(), tokens_BS[0], extra)
+            extra["text"] = self._text_seconds(tokens)
+        return Decode(np.diff(marks).tolist(), tokens, extra)
 
     def run_chunk(self, begin: int, end: int) -> None:
         """Run the prompts' tokens from ``begin`` to ``end`` as a prefill does."""
-        if self._cache is None:
-            self._cache = self._filled_cache()
+        self._cache = self._cache_at(end)
         lengths = np.full(self._load.batch, end - begin)
         chunk = Chunk(self._tokens_BT[:, begin:end], np.full_like(lengths, begin), lengths)
         run_chunk(self._model.session, self._cache, chunk, lengths[:, None] - 1)
@@ -109,15 +118,9 @@ class BundleEngine:
         """Most tokens of a prompt that run at once."""
         return self._model.prefill_chunk
 
-    def decoder_at(self, start: int, new_tokens: int) -> BatchDecoder:
-        """The runtime's decoder in the state after ``start`` tokens a row."""
-        if self._cache is None:
-            self._cache = self._filled_cache()
-        if self._load.batch == 1 or not self._sequences:
-            self._sequences = self._tokens_BT[:, :start].tolist()
-        decoder = self._decoder([row[:start] for row in self._sequences], new_tokens)
-        decoder._cache = self._cache
-        return decoder
+    def _extend(self, steps: Sequence[TokenStep]) -> None:
+        for row, step in zip(self._sequences, steps, strict=True):
+            row.append(step.token_id)
 
     def _decoder(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchDecoder:
         # one more than is asked for, so that no row leaves the batch within what is timed
@@ -127,8 +130,13 @@ class BundleEngine:
     def _capacity(self) -> int:
         return bucket_capacity(self._load.capacity, self._model.manifest.context_length)
 
-    def _filled_cache(self) -> KVCache:
+    def _cache_at(self, tokens: int) -> KVCache:
+        """A cache that holds so many tokens, with room for all that will be asked for."""
+        if self._cache is not None and self._valid >= tokens - 1:
+            self._cache.reserve(self._load.capacity, self._valid)
+            return self._cache
         cache = self._model.session.new_cache(self._load.batch, self._capacity())
+        self._valid = self._load.capacity
         rng = np.random.default_rng(0)
         for buffer in cache.to_host():
             rng.standard_normal(buffer.shape, np.float32, out=buffer)

@@ -37,10 +37,12 @@ class Load:
     seed: int
 
     def draw_tokens(self) -> Tokens:
-        """Random tokens, [B, T]: the same for every engine, whatever room it has."""
-        rng = np.random.default_rng(self.seed)
-        # tokens outer, rows inner, so that a longer capacity does not change the first ones
-        return rng.integers(0, self.vocab_size, (self.capacity, self.batch)).T.copy()
+        """Random tokens, [B, T]: the same for every engine, however many rows and room it has."""
+        rows = [
+            np.random.default_rng((self.seed, row)).integers(0, self.vocab_size, self.capacity)
+            for row in range(self.batch)
+        ]
+        return np.stack(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from echoatt_exporter.bench.engines import EngineSpec, bundle_engines, why_absent
+from echoatt_exporter.bench.engines import PEERS, EngineSpec, bundle_engines, why_absent
 from echoatt_exporter.bench.peers import peer_engine
 from echoatt_exporter.bench.shapes import CONTEXT_LENGTH, SHAPES, Shape, make_checkpoint
 from echoatt_exporter.errors import BenchError
@@ -81,6 +82,7 @@ def prepare_shape(
     if request.own_plan is not None:
         layers = shape.fields["num_hidden_layers"]
         plans.append(SharingPlan.of(request.own_plan, layers))
+        plans[-1].validate(["full"] * layers)
     _check_installed(peers)
     home = work / request.name
     on_step(f"making the {request.name} checkpoint")
@@ -156,8 +158,6 @@ def _check_installed(peers: Sequence[str]) -> None:
 def _with_peers(
     bundles: list[EngineSpec], checkpoint: Path, home: Path, peers: Sequence[str], on_step: OnStep
 ) -> tuple[list[EngineSpec], dict[str, str]]:
-    from echoatt_exporter.bench.engines import PEERS
-
     engines, absent = list(bundles), {}
     wanted = list(PEERS) if "all" in peers else list(dict.fromkeys(peers))
     for peer in wanted:
@@ -207,6 +207,8 @@ def _bundle(checkpoint: Path, home: Path, plan: SharingPlan, dtype: str) -> Path
         for stale in home.glob(f"{stem}-*"):
             shutil.rmtree(stale)
         export_bundle(checkpoint, model, plan, dtype=dtype, verify=False)
+        # gigabytes that only cycles hold: the engines will need them
+        gc.collect()
     return model
 
 

@@ -11,8 +11,14 @@ from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
+from echoatt_exporter.bench.machine import available_memory
 from echoatt_exporter.errors import BenchError
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import quiet_transformers
@@ -117,13 +123,19 @@ def make_checkpoint(shape: Shape, directory: Path) -> None:
         directory: where to.
 
     Raises:
-        BenchError: the file system refuses.
+        BenchError: the memory does not hold it, or the file system refuses.
     """
     if (directory / "config.json").is_file():
         return
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
-    special = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": CONTEXT_LENGTH}
-    config = AutoConfig.for_model(shape.family, **{**special, **shape.fields})
+    config = _config(shape)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    if (needed := 2 * parameters) > available_memory():
+        raise BenchError(
+            f"{needed / 1e9:.1f} GB of random weights do not fit the"
+            f" {available_memory() / 1e9:.1f} GB of memory that are free; choose another shape"
+        )
     try:
         partial.mkdir(parents=True)
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -136,6 +148,12 @@ def make_checkpoint(shape: Shape, directory: Path) -> None:
         raise BenchError(f"{directory}: cannot write the checkpoint ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _config(shape: Shape) -> PreTrainedConfig:
+    special = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": CONTEXT_LENGTH}
+    config: PreTrainedConfig = AutoConfig.for_model(shape.family, **{**special, **shape.fields})
+    return config
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -115,9 +115,9 @@ def _notes(results: BenchResults) -> str:
         lines.append(
             f"Decode: {options.rounds} rounds of {options.new_tokens} greedy steps; a round's"
             " sample is the median of its steps. With one row every round starts at the context;"
-            " with several each goes on where the last stopped. EchoAtt's caches are filled with"
-            " random numbers, the others' by a prefill. Floor: reading the weights of all products"
-            " and the caches once at the memory's speed."
+            " with several each goes on where the last stopped. Where no prefill was measured"
+            " EchoAtt's caches hold random numbers; the others always run one. Floor: reading the"
+            " weights of all products and the caches once at the memory's speed."
         )
     if "prefill" in options.phases:
         lines.append(
