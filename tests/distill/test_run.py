@@ -92,9 +92,9 @@ def inputs(teacher_dir: Path, student_dir: Path, text_file: Path) -> tuple[Path,
 def killed(
     inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A run that kills itself after step 5 of stage 1, begun early to go on beside other tests."""
+    """A run that kills itself after step 6 of stage 1, begun early to go on beside other tests."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    command = [sys.executable, "-m", "tests.distill.worker", "5", *_arguments(*inputs, out)]
+    command = [sys.executable, "-m", "tests.distill.worker", "6", *_arguments(*inputs, out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     yield process, out
     process.kill()
@@ -166,6 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(
     assert not (out / "student").exists()
     checkpoints = out / "checkpoints" / "stage-1"
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert [line["step"] for line in _log(out)] == [1, 2, 3, 4, 5]  # one too many
     # Killed while saving, and while writing the log
     (checkpoints / "checkpoint-6").mkdir()
     (checkpoints / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
@@ -178,12 +179,13 @@ def test_a_killed_run_goes_on_to_the_same_curve(
         """^C."""
 
     def interrupt(progress: Progress) -> None:
-        if (progress.stage, progress.step) == (2, 3):
+        if (progress.stage, progress.step) == (2, 4):
             raise Stop
 
     with pytest.raises(Stop):
         distill(inputs[0], inputs[1], [inputs[2]], out, CONFIG, on_step=interrupt)
     assert not (out / "student").exists()
+    assert _log(out)[-1]["step"] == 3
 
     assert main(_arguments(*inputs, out)) == 0
     shown = capsys.readouterr()
