@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
+import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from tests.analyze.test_pictures import similarity_of
 from tests.tiny_models import build_tiny_model
 
+from echoatt_cli import _parser
 from echoatt_exporter import SharingPlan
 from echoatt_exporter.analyze.findings import AnalysisReport, HeadAlignment, head_alignment
 from echoatt_exporter.analyze.footprint import footprint_of
@@ -169,14 +173,21 @@ def test_the_plan_and_its_savings_are_told(page: Page, report: AnalysisReport) -
     assert "1 5 own attention 0.400" in page.text
 
 
-def test_commands_can_be_pasted(page: Page) -> None:
-    model, student = "'models/a <b> & c'", """'out/it'"'"'s-student'"""
-    assert f"""echoatt share {model} {student} --plan 'out/it'"'"'s/plan.json'""" in page.text
-    assert (
-        f"echoatt distill --teacher {model} --student {student} --text"
-        """ '<script>alert(1)</script>.txt' 'two words.md' --out 'out/it'"'"'s-healed'"""
-    ) in page.text
-    assert f"""echoatt evaluate 'out/it'"'"'s-healed/student' --teacher {model}""" in page.text
+def test_commands_can_be_pasted(report: AnalysisReport) -> None:
+    """They are read here by the commands' own parsers."""
+    lines = re.findall("<pre><code>(.*?)</code></pre>", render_report(replace(report, search=None)))
+    commands = [shlex.split(unescape(line)) for line in lines]
+    assert [command[0] for command in commands] == ["echoatt"] * 3 + ["echoatt-export"]
+    parser = _parser()
+    share, distill, evaluate = (parser.parse_args(command[1:]) for command in commands[:3])
+    export = parser.parse_args(["export", *commands[3][1:]])
+    model, student, healed = "models/a <b> & c", "out/it's-student", "out/it's-healed"
+    assert (share.model_dir, share.student_dir) == (model, student)
+    assert share.plan == "out/it's/plan.json"
+    assert (distill.teacher, distill.student, distill.out) == (model, student, healed)
+    assert distill.text == ["<script>alert(1)</script>.txt", "two words.md"]
+    assert (evaluate.model_dir, evaluate.against) == (f"{healed}/student", model)
+    assert (export.model_dir, export.out) == (f"{healed}/student", f"{healed}.onnx")
 
 
 def test_a_plan_without_followers_and_without_a_search(report: AnalysisReport) -> None:
@@ -186,6 +197,9 @@ def test_a_plan_without_followers_and_without_a_search(report: AnalysisReport) -
     )
     assert "No layer follows another" in page.text
     assert {"trade-off", "pairs", "heads"}.isdisjoint(page.values("id"))
+
+
+def test_a_plan_whose_heads_stay_as_they_stand(report: AnalysisReport) -> None:
     page = Page(render_report(replace(report, search=None, alignment=None)))
     assert "Head alignment was turned off" in page.text
 

@@ -164,7 +164,7 @@ def _steps(report: AnalysisReport) -> list[dict[str, str]]:
     share = command("echoatt share", model, student, "--plan", out / PLAN)
     distill = command("echoatt distill --teacher", model, "--student", student, "--text", *texts)
     trained = healed / "student"  # where `echoatt distill` leaves it
-    evaluate = command("echoatt evaluate", trained, "--teacher", model)
+    evaluate = command("echoatt evaluate", trained, "--against", model)
     commands = {
         "Copy: build the student": share,
         "Adjust: heal it by distillation": command(distill, "--out", healed),
