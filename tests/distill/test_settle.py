@@ -31,7 +31,7 @@ def _settled(
         ({"stage2_steps": 0}, (20, 0)),
     ],
 )
-def test_length_of_the_stages(values: dict[str, int], steps: tuple[int, int]) -> None:
+def test_length_of_the_stages(values: dict[str, Any], steps: tuple[int, int]) -> None:
     settled = _settled(**values)
     assert tuple(stage.steps for stage in stages_of(settled)) == steps
     # settling again, as a run does that is given its own distill.yaml, changes nothing
