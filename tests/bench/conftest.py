@@ -1,4 +1,4 @@
-"""One tiny checkpoint with an unshared and a shared bundle, for the whole folder."""
+"""A tiny shape with an unshared and a shared bundle, for the whole folder: one export in all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from echoatt_exporter import export_bundle, rewrite_bundle
+from echoatt_exporter import rewrite_bundle
 from echoatt_exporter.bench.engines import EngineSpec, bundle_engines
-from echoatt_exporter.bench.shapes import Shape, make_checkpoint
+from echoatt_exporter.bench.prepare import ShapeRequest, prepare_shape
+from echoatt_exporter.bench.shapes import SHAPES, Shape
 
 TINY = Shape(
     "llama",
@@ -28,16 +29,24 @@ TINY = Shape(
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bench") / "checkpoint"
-    make_checkpoint(TINY, directory)
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory in which the shape "tiny" has been made, unshared in fp32."""
+    directory = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "tiny", TINY)
+        request = ShapeRequest("tiny", "fp32", ["unshared"])
+        prepare_shape(request, directory, peers=[], on_step=lambda _: None)
     return directory
 
 
 @pytest.fixture(scope="session")
-def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EngineSpec]:
+def checkpoint(work: Path) -> Path:
+    return work / "tiny" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def bundles(work: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EngineSpec]:
     """The unshared bundle and one with half of the layers following."""
-    out = tmp_path_factory.mktemp("bundles")
-    unshared = export_bundle(checkpoint, out / "unshared", verify=False).model
-    shared = rewrite_bundle(unshared, out / "shared", TINY.plan(50)).model
-    return bundle_engines([unshared, shared])
+    (unshared,) = work.glob("tiny/fp32-*/model.onnx")
+    out = tmp_path_factory.mktemp("bundles") / "shared"
+    return bundle_engines([unshared, rewrite_bundle(unshared, out, TINY.plan(50)).model])

@@ -43,27 +43,24 @@ def no_llama(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(engines.PEERS, peer, absent)
 
 
-def test_shape_is_made_once_and_measured(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_shape_is_measured_and_not_made_again(
+    run: Run, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
-    arguments = ("--shape", "tiny", "--plans", "50", "--dtype", "int8", *QUICK)
-    arguments += ("--work", tmp_path / "work", "--phases", "decode")
-    code, out, err = run(*arguments, "--out", tmp_path / "out")
+    made = {path: path.stat().st_mtime_ns for path in work.glob("tiny/[!c]*/*")}
+    assert [path.name for path in made if path.suffix == ".onnx"] == ["model.onnx"]
+    arguments = ("--shape", "tiny", "--plans", "unshared", "--dtype", "fp32", *QUICK)
+    arguments += ("--work", work, "--phases", "decode")
+    code, out, err = run(*arguments, "--out", tmp_path)
     assert (code, err) == (0, "")
-    assert "| 1 | 8 | EchoAtt int8 50% | " in out
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert "| 1 | 8 | EchoAtt fp32 0% | " in out
     assert "max_position_embeddings raised to 32,768" in out
-    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == out
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")}
-    assert len([path for path in made if path.name == "model.onnx"]) == 1
-
-    code, out, err = run(*arguments, "--json")
-    assert (code, err) == (0, "")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")} == made
-    data = json.loads(out)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == out
+    data = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert data["format"] == "echoatt-bench/1"
     (measured,) = data["points"][0]["measured"]
-    assert measured["engine"] == "EchoAtt int8 50%"
+    assert measured["engine"] == "EchoAtt fp32 0%"
 
 
 def test_absent_peers_are_named_with_the_way_to_get_them(
@@ -73,10 +70,11 @@ def test_absent_peers_are_named_with_the_way_to_get_them(
     # transformers takes seconds to start, and is not what this is about
     monkeypatch.delitem(engines.PEERS, "torch")
     arguments = (bundles[0].path, "--checkpoint", checkpoint, "--work", tmp_path, *QUICK)
-    code, out, err = run(*arguments, "--against", "all", "--phases", "decode")
+    code, out, err = run(*arguments, "--against", "all", "--phases", "decode", "--json")
     assert (code, err) == (0, "")
-    assert "not measured: genai: genai cannot run: absent_onnxruntime_genai and" in out
-    assert "absent_gguf not installed; pip install llama-cpp-python gguf" in out
+    absent = json.loads(out)["absent"]
+    assert absent["genai"].startswith("genai cannot run: absent_onnxruntime_genai and")
+    assert absent["llama.cpp"].endswith("not installed; pip install llama-cpp-python gguf")
 
 
 def test_profile_is_printed(run: Run, bundles: list[EngineSpec]) -> None:
