@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from echoatt_bench.engine import Engine, Load, package
@@ -98,11 +99,10 @@ _REQUESTS = ("load", "prefill", "decode", "memory_speed", "profile", "memory")
 
 
 def _status_bytes(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as lines:  # noqa: PTH123
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name == field:
-                return int(value.split()[0]) * 1024
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
     raise ValueError(f"/proc/self/status has no {field}")
 
 
@@ -111,6 +111,8 @@ def serve() -> None:
     # Libraries print; their words go to standard error and the answers keep a pipe of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # Where an engine takes more memory than there is, it goes and nobody else
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

@@ -123,7 +123,7 @@ def prepare_bundles(
     """
     bundles = bundle_engines(paths)
     if not peers:
-        return Prepared(tuple(bundles), {}, ())
+        return Prepared(tuple(bundles), _not_asked_for(bundles), ())
     if checkpoint is None:
         raise BenchError(
             "peers run the unshared model, which a bundle does not hold; pass --checkpoint DIR"
@@ -158,7 +158,8 @@ def _check_installed(peers: Sequence[str]) -> None:
 def _with_peers(
     bundles: list[EngineSpec], checkpoint: Path, home: Path, peers: Sequence[str], on_step: OnStep
 ) -> tuple[list[EngineSpec], dict[str, str]]:
-    engines, absent = list(bundles), {}
+    engines = list(bundles)
+    failed: dict[str, str] = {}
     wanted = list(PEERS) if "all" in peers else list(dict.fromkeys(peers))
     for peer in wanted:
         for dtype in dict.fromkeys(bundle.dtype for bundle in bundles):
@@ -168,21 +169,26 @@ def _with_peers(
             except BenchError as error:
                 if "all" not in peers:
                     raise
-                absent[peer] = str(error)
+                failed[peer] = str(error)
                 continue
-            # torch is float32 whatever the bundles are
-            if engine not in engines and not (peer == "torch" and engine.name in _names(engines)):
+            # torch is float32 whatever the bundles are, and the same again
+            if engine not in engines:
                 engines.append(engine)
     if wrong := {e.vocab_size for e in engines} - {bundles[0].vocab_size}:
         raise BenchError(
             f"{checkpoint} has a vocabulary of {wrong.pop()} and the bundles one of"
             f" {bundles[0].vocab_size}; give the checkpoint that they were made from"
         )
-    return engines, absent
+    return engines, {**_not_asked_for(engines), **failed}
 
 
-def _names(engines: Sequence[EngineSpec]) -> set[str]:
-    return {engine.name for engine in engines}
+def _not_asked_for(engines: Sequence[EngineSpec]) -> dict[str, str]:
+    kinds = {engine.kind for engine in engines}
+    return {
+        peer: why_absent(peer) or f"not asked for; add --against {peer}"
+        for peer in PEERS
+        if peer not in kinds
+    }
 
 
 def _peer_notes(engines: Sequence[EngineSpec]) -> tuple[str, ...]:

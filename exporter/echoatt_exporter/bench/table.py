@@ -114,10 +114,11 @@ def _notes(results: BenchResults) -> str:
     if "decode" in options.phases:
         lines.append(
             f"Decode: {options.rounds} rounds of {options.new_tokens} greedy steps; a round's"
-            " sample is the median of its steps. With one row every round starts at the context;"
-            " with several each goes on where the last stopped. Where no prefill was measured"
-            " EchoAtt's caches hold random numbers; the others always run one. Floor: reading the"
-            " weights of all products and the caches once at the memory's speed."
+            " sample is the median of its steps, and there is room for all of them before. With"
+            " one row every round starts at the context; with several each goes on where the last"
+            " stopped. Where no prefill was measured EchoAtt's caches hold random numbers; the"
+            " others always run one. Floor: reading the weights of all products and the caches once"
+            " at the memory's speed."
         )
     if "prefill" in options.phases:
         lines.append(
