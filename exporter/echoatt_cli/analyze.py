@@ -123,31 +123,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show(report: AnalysisReport) -> None:
     """Print the plan, what it costs, the front, and where everything is."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     from echoatt_cli._console import console, show_plan
-    from echoatt_exporter.analyze.diagram import plan_signs
 
     chosen = report.chosen
     show_plan(chosen.plan.sources)
-    table = Table(title=report.selection, title_justify="left")
+    # fits a window of 80 columns; the report has the plans themselves
+    table = Table(title=report.selection, title_justify="left", box=SIMPLE, show_edge=False)
     for heading in (
-        "followers", "KL, nats a token", "perplexity", "parameters", "cache B/token", "est. speed",
+        "followers", "KL, nats/token", "perplexity", "weights", "cache B/tok", "est. speed",
     ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    table.add_column("plan", overflow="fold")
+        table.add_column(heading, justify="right", no_wrap=True)
     shown = [chosen] if report.search is None else [*report.search.front]
     if chosen not in shown:
         shown.append(chosen)
     for candidate in sorted(shown, key=lambda one: len(one.plan.followers)):
-        table.add_row(
-            *_cells(candidate),
-            plan_signs(candidate.plan.sources),
-            style="bold" if candidate == chosen else "",
-        )
+        table.add_row(*_cells(candidate), style="bold" if candidate == chosen else "")
     console.print(table)
+    front = "" if report.search is None else ", every plan of this table in front/"
     console.print(
-        f"{report.out}: report.html, plan.json, similarity.json, similarity.png;"
+        f"{report.out / 'report.html'}: the report; beside it the plan in plan.json{front};"
         f" {report.similarity.samples} samples of {report.similarity.length} tokens,"
         f" {report.seconds:,.0f} s",
         soft_wrap=True,

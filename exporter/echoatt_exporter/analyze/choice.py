@@ -107,7 +107,7 @@ class Choice:
         if self.method == "cost":
             if self.ratio is None:
                 return f"The most followers within a KL of {self.max_kl:g} nats a token"
-            return f"The cheapest measured plan in which {self.ratio:.0%} of the layers follow"
+            return f"The cheapest measured plan for a sharing ratio of {self.ratio:.0%}"
         if self.method == "threshold":
             return f"Layers follow a source that they are at least {self.min_similarity:g} like"
         where = "at the largest gap" if self.ratio is None else f"where {self.ratio:.0%} follow"

@@ -131,7 +131,7 @@ def analyze_model(
             f"too little text: it fills one sample of {length} tokens, and how far costs spread"
             " takes two to tell; give more text, or a smaller length"
         )
-
+    on_step("load", 1, 1, None)
     similarity, heads = measure_similarity(
         teacher,
         windows,
