@@ -142,7 +142,7 @@ def _show(report: AnalysisReport) -> None:
     for candidate in sorted(shown, key=lambda one: len(one.plan.followers)):
         table.add_row(*_cells(candidate), style="bold" if candidate == chosen else "")
     console.print(table)
-    front = "" if report.search is None else ", every plan of this table in front/"
+    front = "" if report.search is None else ", the front's plans in front/"
     console.print(
         f"{report.out / 'report.html'}: the report; beside it the plan in plan.json{front};"
         f" {report.similarity.samples} samples of {report.similarity.length} tokens,"

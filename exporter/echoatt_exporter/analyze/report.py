@@ -221,7 +221,7 @@ def _pair_rows(plan: SharingPlan, pair_costs_LL: NDArray[np.float64]) -> list[di
         return {
             "kl": cost,
             "text": _thousandths(cost),
-            "heat": round(5 + 60 * float(warmth)),
+            "heat": round(5 + 40 * float(warmth)),  # letters stay readable, on dark pages too
             "used": plan.sources[follower] == source,
         }
 
