@@ -28,6 +28,9 @@ _COMMANDS = (
     "bench",
 )
 
+# What a command needs beside what `export,cpu` brings
+_EXTRAS = {"analyze": "distill", "distill": "distill", "bench": "bench,cpu"}
+
 # What a shell gives for a process ended by ^C
 _INTERRUPTED = 130
 
@@ -84,7 +87,7 @@ def run_command(name: str, arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(
             f"echoatt: {error.name} is not installed, which `echoatt {name}` needs;"
-            " pip install 'echoatt[export,cpu]'",
+            f" pip install 'echoatt[{_EXTRAS.get(name, 'export,cpu')}]'",
             file=sys.stderr,
         )
         return 2

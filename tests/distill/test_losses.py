@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan, share_attention
 from echoatt_exporter.distill import losses
 from echoatt_exporter.distill.config import DistillConfig
-from echoatt_exporter.distill.heads import head_of
 from echoatt_exporter.distill.healing_student import HealingStudent, block_outputs
 from echoatt_exporter.distill.losses import Target
+from echoatt_exporter.share.lm_head import head_of
 
 SETTINGS = DistillConfig(
     block_weight=0.7,

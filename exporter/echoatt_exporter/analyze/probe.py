@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
 from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
     FAMILIES,
@@ -96,6 +97,7 @@ class PlanProbe:
         family = FAMILIES[self.architecture.family]
         self._layers = cast(nn.ModuleList, teacher.get_submodule(family.layers))
         self._attention_name = family.attention
+        self._head = head_of(teacher)
         self._followers: dict[int, FollowerAttention] = {}
         self._batches = torch.split(windows.to(teacher.device), batch_size)
         elements = self.architecture.num_layers * windows.numel() * _hidden_size(teacher)
@@ -197,7 +199,7 @@ class PlanProbe:
 
     def _log_probabilities(self, hidden_RE: torch.Tensor) -> torch.Tensor:
         """The next token's log-probabilities [R, V], float32."""
-        return F.log_softmax(output_logits(self.teacher, hidden_RE).float(), dim=-1)
+        return F.log_softmax(self._head(hidden_RE[None])[0].float(), dim=-1)
 
     @contextmanager
     def _attending(self, plan: SharingPlan) -> Iterator[None]:
@@ -302,22 +304,6 @@ class _AlignedAttention(MaterializedAttention):
         context_BSHD = super().follow(module, value_BNTD[:, of_source])
         of_follower = sorted(range(len(order)), key=order.__getitem__)  # the inverse order
         return context_BSHD[:, :, of_follower]
-
-
-def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """A decoder's logits [..., V] from its last hidden states [..., E], as its own class does it.
-
-    Args:
-        model: a model for causal LM of a supported family.
-        hidden: what its body returns, after the last norm.
-    """
-    head = cast(nn.Module, model.get_output_embeddings())
-    logits = cast(torch.Tensor, head(hidden))
-    if scaling := getattr(model.config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if softcap := getattr(model.config, "final_logit_softcapping", None):  # Gemma
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits
 
 
 def _hidden_size(teacher: PreTrainedModel) -> int:

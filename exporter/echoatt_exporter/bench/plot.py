@@ -70,7 +70,7 @@ def _panel(axis: Axes, results: BenchResults, phase: Phase, batch: int) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xticks(sorted(results.options.contexts))
     axis.set_xlabel("context, tokens")
-    axis.set_ylabel("ms a token" if phase == "decode" else "ms to the first token")
+    axis.set_ylabel("ms a step" if phase == "decode" else "ms to the first token")
     axis.set_title(f"{phase}, batch {batch}")
     axis.grid(which="major", alpha=0.3)
     axis.legend(frameon=False)

@@ -13,8 +13,8 @@ import torch
 from transformers import GenerationConfig
 
 from echoatt_exporter.distill.config import DistillConfig
-from echoatt_exporter.distill.heads import head_of
 from echoatt_exporter.distill.losses import Target, block_loss, imitation_loss, text_loss
+from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
     EchoAttForCausalLM,

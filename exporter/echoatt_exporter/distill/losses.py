@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from echoatt_exporter.distill.config import KlDirection
-from echoatt_exporter.distill.heads import Head
+from echoatt_exporter.share.lm_head import Head
 
 # Logits of one chunk: 64 MiB in float32. Larger chunks gain nothing, on CPU they only leave the
 # caches; a vocabulary of 2,048 still takes 8,192 tokens at once, and what fits in one chunk is not

@@ -15,10 +15,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.distill.data import TokenRows
-from echoatt_exporter.distill.heads import head_of
 from echoatt_exporter.distill.healing_student import HealingStudent, block_outputs
 from echoatt_exporter.distill.losses import Target
 from echoatt_exporter.errors import DivergedError
+from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

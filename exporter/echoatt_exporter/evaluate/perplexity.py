@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echoatt_exporter.analyze.probe import output_logits
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import AnalysisError, TextError
 from echoatt_exporter.evaluate.score import (
@@ -27,6 +26,7 @@ from echoatt_exporter.evaluate.score import (
     compare_scores,
     mean_interval,
 )
+from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
 from echoatt_exporter.texts import Text, encode_texts, leading_tokens
 
@@ -220,8 +220,9 @@ def _losses(
     target_R = ids_BT.roll(-1, dims=1)[scored_BT].to(device)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = zip(torch.split(hidden_RE, at_once), torch.split(target_R, at_once), strict=True)
+    head = head_of(decoder)
     losses = [
-        F.cross_entropy(output_logits(decoder, part_RE).float(), target, reduction="none").cpu()
+        F.cross_entropy(head(part_RE[None])[0].float(), target, reduction="none").cpu()
         for part_RE, target in parts
     ]
     counts = [window.end - window.first for window in batch]
