@@ -25,7 +25,12 @@ from echoatt_exporter.export import ExportReport, export_bundle, rewrite_bundle
 from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
-from echoatt_exporter.share.checkpoint import load_student
+from echoatt_exporter.share.checkpoint import (
+    load_model,
+    load_student,
+    load_teacher,
+    save_student,
+)
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 
@@ -50,8 +55,11 @@ __all__ = [
     "assert_parity",
     "check_parity",
     "export_bundle",
+    "load_model",
     "load_student",
+    "load_teacher",
     "rewrite_bundle",
+    "save_student",
     "share_attention",
 ]
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 LENGTH = 256
 RATIOS = (0.25, 5 / 12, 0.75)
 # Of each held-out book, so that long ones do not outweigh the others
-_VALID_CHARACTERS = 80_000
+_VALID_CHARACTERS = 50_000
 
 
 def arguments(description: str | None, extend: Callable[[Any], None] | None = None) -> Any:

@@ -26,14 +26,14 @@ from samples.evidence.common import (
 from echoatt_exporter import SharingPlan, share_attention
 from echoatt_exporter.analyze.match_heads import align_plan
 from echoatt_exporter.analyze.probe import PlanProbe
-from echoatt_exporter.analyze.search import search_plans
+from echoatt_exporter.analyze.search import PlanSearch, search_plans
 from echoatt_exporter.analyze.select import paper_plan
 from echoatt_exporter.analyze.similarity import measure_similarity
 from echoatt_exporter.evaluate.score import compare_scores
 from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
 
-SAMPLES, CALIBRATION, SEED = 200, 24, 0
+SAMPLES, CALIBRATION, SEED = 200, 16, 0
 
 
 def main() -> None:
@@ -54,42 +54,41 @@ def main() -> None:
     probe = PlanProbe(teacher, windows[:CALIBRATION])
     shape = probe.architecture
 
+    shared = [
+        search_plans(probe, shape, teacher.config, ratio=RATIOS[-1], head_similarity=aligning)
+        for aligning in (None, heads)
+    ]
+    plans: dict[float, dict[str, SharingPlan]] = {}
+    for ratio in RATIOS:
+        paper = paper_plan(similarity, shape, ratio)
+        plans[ratio] = {"paper": paper, "paper, aligned": align_plan(paper, heads, shape)}
+        for name, search in zip(("cost", "cost, aligned"), shared, strict=True):
+            plans[ratio][name] = _cheapest(search, len(paper.followers))
+        for name, plan in plans[ratio].items():
+            kl = probe.measure(plan).kl
+            file = args.results / "plans" / f"{percent(ratio)[:2]}-{name.replace(', ', '-')}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f'{plan.to_json()[:-2]}, "kl": {kl}}}\n', encoding="utf-8")
+            print(percent(ratio), name, plan.sources, f"KL {kl:.4f}", flush=True)
+
     valid = held_out(args.valid)
     reference = score(teacher, valid, tokenizer)
     rows, data = [], dict[str, Any]()
-    for ratio in RATIOS:
-        paper = paper_plan(similarity, shape, ratio)
-        plans = {"paper": paper, "paper, aligned": align_plan(paper, heads, shape)}
-        for name, aligning in (("cost", None), ("cost, aligned", heads)):
-            search = search_plans(
-                probe, shape, teacher.config, ratio=ratio, head_similarity=aligning
-            )
-            plans[name] = search.chosen.plan
-        row = [f"{percent(ratio)} ({len(paper.followers)} of {shape.num_layers})"]
-        for name, plan in plans.items():
+    for ratio, chosen in plans.items():
+        row = [percent(ratio)]
+        for name, plan in chosen.items():
             student = share_attention(copy.deepcopy(teacher), plan)
             result = compare_scores(score(student, valid, tokenizer), reference)
-            kl = probe.measure(plan).kl
+            low, high = result.interval
+            row.append(f"{result.ratio:.3f} ({low:.3f} to {high:.3f})")
             data[f"{percent(ratio)}, {name}"] = {
                 "sources": plan.sources,
-                "calibration_kl": kl,
                 "perplexity_ratio": result.ratio,
                 "interval": result.interval,
             }
-            low, high = result.interval
-            row.append(f"{result.ratio:.3f} ({low:.3f} to {high:.3f})")
-            file = args.results / "plans" / f"{percent(ratio)[:2]}-{name.replace(', ', '-')}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(_plan_file(plan, kl), encoding="utf-8")
-            print(
-                ratio,
-                name,
-                plan.sources,
-                f"KL {kl:.4f}, perplexity x {result.ratio:.4f}",
-                flush=True,
-            )
+            print(percent(ratio), name, row[-1], flush=True)
         rows.append(row)
-    header = ["followers", *(name for name in plans)]
+    header = ["followers", *plans[RATIOS[0]]]
     heading = (
         f"Perplexity over the teacher's ({reference.perplexity:.2f}; {reference.tokens:,} tokens of"
         " the held-out books), with 95 % intervals, before any training:\n\n"
@@ -97,8 +96,10 @@ def main() -> None:
     publish(args.results, "untrained", data, heading + table(header, rows))
 
 
-def _plan_file(plan: SharingPlan, kl: float) -> str:
-    return plan.to_json()[:-2] + f', "kl": {kl}}}\n'
+def _cheapest(search: PlanSearch, followers: int) -> SharingPlan:
+    """The cheapest measured plan with so many followers."""
+    of_count = [c for c in search.candidates if len(c.plan.followers) == followers]
+    return min(of_count, key=lambda candidate: candidate.cost.kl).plan
 
 
 if __name__ == "__main__":
