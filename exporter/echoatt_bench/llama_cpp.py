@@ -64,7 +64,7 @@ class LlamaCppEngine:
 
     def decode(self, start: int, new_tokens: int) -> Decode:
         """See ``Engine``."""
-        if self._load.batch == 1 or start != self._position:
+        if start != self._position:
             kept = min(self._prompt_tokens, start - 1)
             self._keep(kept)
             self._chosen = self._prompt(kept, start)
