@@ -64,6 +64,8 @@ def test_operators_of_one_run_add_up_to_the_trace() -> None:
         ("MatMul", 0, [[1, 4, 8, 512], [1, 4, 512, 64]], "MatMul (P·V)"),
         ("MatMul", 0, [[1, 4, 8, 64], [1, 4, 64, 512]], "MatMul (Q·K)"),
         ("FusedMatMul", 0, [[1, 4, 8, 64], [1, 4, 512, 64]], "FusedMatMul (Q·K)"),
+        ("FusedMatMul", 0, [[1, 4, 512, 64], [1, 4, 8, 64]], "FusedMatMul (Q·K)"),
+        ("FusedMatMul", 0, [[1, 4, 64, 272], [1, 4, 8, 272]], "FusedMatMul (P·V)"),
         ("MatMulNBits", 4096, [[1, 1, 64], [64, 2]], "MatMulNBits"),
         ("Softmax", 0, [[1, 4, 8, 512]], "Softmax"),
     ],
