@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from echoatt_bench.bundle import BundleEngine
 from echoatt_bench.engine import Load, package
+from echoatt_runtime.kv_cache import BUCKET
 
 _WARM_UP: Final = 2
 _KERNEL: Final = "_kernel_time"
@@ -80,7 +81,12 @@ def _profiled_engine(load: Load, prefix: Path) -> BundleEngine:
 def runs_of(events: Sequence[Event]) -> Iterator[tuple[int, list[Event]]]:
     """Microseconds and kernels of each run of the model, in order."""
     runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: int(e["ts"]))
-    kernels = [e for e in events if e["cat"] == "Node" and e["name"].endswith(_KERNEL)]
+    # An If's time is that of the kernels in its branch, which are there too
+    kernels = [
+        e
+        for e in events
+        if e["cat"] == "Node" and e["name"].endswith(_KERNEL) and e["args"]["op_name"] != "If"
+    ]
     for run in runs:
         begin, end = run["ts"], run["ts"] + run["dur"]
         yield int(run["dur"]), [e for e in kernels if begin <= e["ts"] < end]
@@ -133,5 +139,6 @@ def operator_kind(arguments: Mapping[str, Any]) -> str:
     shapes = [shape for entry in arguments["input_type_shape"] for shape in entry.values()]
     if len(shapes) < 2 or int(arguments["parameter_size"]) > 0:
         return f"{name} (weights)"
-    # The caches' capacity is what Q·K makes and P·V takes away
-    return f"{name} (P·V)" if shapes[0][-1] > shapes[1][-1] else f"{name} (Q·K)"
+    # A product runs over its first operand's last axis: for P·V it is the capacity, and for Q·K the
+    # size of a head, which is no larger than a bucket
+    return f"{name} (P·V)" if shapes[0][-1] > BUCKET else f"{name} (Q·K)"

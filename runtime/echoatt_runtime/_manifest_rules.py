@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-FORMAT_NUMBER: Final = 1
+FORMAT_NUMBER: Final = 2
 FORMAT: Final = f"echoatt-bundle/{FORMAT_NUMBER}"
 DTYPES: Final = ("fp32", "fp16", "bf16", "int8", "int4")
 DEVICES: Final = ("cpu", "cuda")

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from echoatt_runtime._manifest_rules import (
     DEVICES,
@@ -39,6 +39,7 @@ __all__ = [
     "Manifest",
     "SourceCheckpoint",
     "Verification",
+    "capacity_axis",
 ]
 
 METADATA_KEY: Final = "echoatt.manifest"
@@ -51,6 +52,18 @@ LOGITS: Final = "logits"
 _FORMAT_PATTERN: Final = re.compile(r"echoatt-bundle/(\d{1,9})")
 _CACHE_ELEMENT_TYPES: Final = {"fp16": "float16", "bf16": "bfloat16"}
 _ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+_Capacity = TypeVar("_Capacity", int, str, None)
+
+
+def capacity_axis(cache_name: str) -> int:
+    """The axis of a cache along which tokens lie, 2 for keys and 3 for values.
+
+    Args:
+        cache_name: Any name of it, such as "present.0.value".
+    """
+    return 3 if cache_name.endswith(".value") else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +135,7 @@ class Manifest:
     exporter_version: str
     family: str
     sources: tuple[int, ...]
-    head_orders: tuple[tuple[int, ...], ...] = ()
+    head_orders: tuple[tuple[int, ...], ...]
     layer_kinds: tuple[str, ...]
     sliding_window: int | None
     num_query_heads: int
@@ -182,6 +195,20 @@ class Manifest:
     def output_names(self) -> tuple[str, ...]:
         """Names of all graph outputs, in order."""
         return (LOGITS, *self.present_names)
+
+    def cache_dims(self, cache_name: str, capacity: _Capacity) -> tuple[int | _Capacity, ...]:
+        """Dimensions of a cache behind the batch: keys [N, T, D], values [N, D, T].
+
+        Values lie transposed because a token's context is then a product in which the cache is the
+        left operand, which a CPU multiplies without copying it.
+
+        Args:
+            cache_name: Any name of it, such as "present.0.value".
+            capacity: T, or what stands for it.
+        """
+        if capacity_axis(cache_name) == 3:
+            return (self.num_kv_heads, self.head_dim, capacity)
+        return (self.num_kv_heads, capacity, self.head_dim)
 
     @property
     def cache_element_type(self) -> str:
@@ -262,7 +289,9 @@ def _check_format(value: object, where: str) -> None:
             "it was made by a newer EchoAtt: upgrade with pip install -U echoatt"
         )
     if int(match[1]) < FORMAT_NUMBER:
-        raise DamagedBundleError(f"{where} has unknown format {value!r}; export it again")
+        raise DamagedBundleError(
+            f"{where} has format {value!r} and this runtime reads {FORMAT!r} only; export it again"
+        )
 
 
 # A reader turns a JSON value into a field's value, or raises _WrongTypeError with what is expected.
@@ -354,8 +383,6 @@ def _read_verification(value: object) -> Verification | None:
     return cast(Verification, _read_record(Verification, readers, value))
 
 
-# Added to the format since its first bundles, which do without them
-_LATER_FIELDS: Final = ("head_orders",)
 _MANIFEST_READERS: Final[dict[str, _Reader]] = {
     "format": _read_str,
     "exporter_version": _read_str,
@@ -387,8 +414,7 @@ def _read_fields(
     values, faults = {}, []
     for name, read in readers.items():
         if name not in data:
-            if name not in _LATER_FIELDS:
-                faults.append(f"{name} is missing")
+            faults.append(f"{name} is missing")
             continue
         try:
             values[name] = read(data[name])

@@ -168,17 +168,20 @@ def _check_weights(model_path: Path, manifest: Manifest) -> None:
 def _check_contract(model_path: Path, manifest: Manifest, ort_session: Any) -> None:
     """Checks names, order, types and fixed dimensions of the graph's inputs and outputs."""
     cache_type = _TENSOR_TYPES[manifest.cache_element_type]
-    cache_dims = (None, manifest.num_kv_heads, None, manifest.head_dim)
+
+    def cache_dims(name: str) -> tuple[int | None, ...]:
+        return (None, *manifest.cache_dims(name, None))
+
     integers = "tensor(int64)"
     inputs: list[tuple[str, str, tuple[int | None, ...]]] = [
         (INPUT_IDS, integers, (None, None)),
         (PAST_LENGTHS, integers, (None,)),
         (LOGITS_INDICES, integers, (None, None)),
-        *((name, cache_type, cache_dims) for name in manifest.past_names),
+        *((name, cache_type, cache_dims(name)) for name in manifest.past_names),
     ]
     outputs: list[tuple[str, str, tuple[int | None, ...]]] = [
         (LOGITS, _TENSOR_TYPES["float32"], (None, None, manifest.vocab_size)),
-        *((name, cache_type, cache_dims) for name in manifest.present_names),
+        *((name, cache_type, cache_dims(name)) for name in manifest.present_names),
     ]
     faults = [
         *_value_faults("input", inputs, ort_session.get_inputs()),

@@ -64,6 +64,8 @@ def test_operators_of_one_run_add_up_to_the_trace() -> None:
         ("MatMul", 0, [[1, 4, 8, 512], [1, 4, 512, 64]], "MatMul (P·V)"),
         ("MatMul", 0, [[1, 4, 8, 64], [1, 4, 64, 512]], "MatMul (Q·K)"),
         ("FusedMatMul", 0, [[1, 4, 8, 64], [1, 4, 512, 64]], "FusedMatMul (Q·K)"),
+        ("FusedMatMul", 0, [[1, 4, 512, 64], [1, 4, 8, 64]], "FusedMatMul (Q·K)"),
+        ("FusedMatMul", 0, [[1, 4, 64, 272], [1, 4, 8, 272]], "FusedMatMul (P·V)"),
         ("MatMulNBits", 4096, [[1, 1, 64], [64, 2]], "MatMulNBits"),
         ("Softmax", 0, [[1, 4, 8, 512]], "Softmax"),
     ],
@@ -94,11 +96,14 @@ def test_profile_of_a_bundle(
     counts = [
         {entry["operator"]: entry["count"] for entry in profile.operators} for profile in profiles
     ]
-    for step, sources in ((counts[0], 4), (counts[2], 2)):
+    for step, sources in zip(counts, (4, 4, 2, 2), strict=True):
         assert step["Softmax"] == sources
         assert sum(count for name, count in step.items() if "P·V" in name) == 4
         assert sum(count for name, count in step.items() if "Q·K" in name) == sources
-    assert counts[0] == counts[1]
+        assert "If" not in step
+    # A single token's contexts are computed from the left, a chunk's are not
+    assert [step.get("FusedMatMul (P·V)", 0) for step in counts] == [4, 0, 4, 0]
+    assert counts[0]["TensorScatter"] == counts[1]["TensorScatter"] == 2 * 4
     for profile in profiles:
         parts = sum(entry["microseconds"] for entry in profile.operators)
         assert 0 < parts < 2 * profile.microseconds

@@ -40,6 +40,7 @@ def make_manifest(student: EchoAttForCausalLM, dtype: str = "fp32") -> Manifest:
         exporter_version="0",
         **{f.name: getattr(architecture, f.name) for f in dataclasses.fields(architecture)},
         sources=tuple(student.sources),
+        head_orders=(),
         dtype=dtype,
         device="cuda" if dtype in ("fp16", "bf16") else "cpu",
         bos_token_id=1,

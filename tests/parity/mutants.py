@@ -166,7 +166,7 @@ def mask_by_longest_row(model: ir.Model) -> None:
 
 def write_to_first_rows_place(model: ir.Model, layer: int) -> None:
     """All rows write one layer's values where the first row does."""
-    scatter = _producer(find_attention(model.graph, layer).context, 1)
+    scatter = _producer(_producer(find_attention(model.graph, layer).context, 1), 0)
     lengths = scatter.inputs[2]
     first = _new(scatter, "Slice", [lengths, _int(0), _int(1), _int(0)])
     shape = _new(scatter, "Shape", [lengths])

@@ -5,7 +5,14 @@ import onnx_ir as ir
 import pytest
 
 from echoatt_exporter.errors import ContractError
-from echoatt_exporter.passes import CheckContract, RemoveDeadBranches, RewireProbabilities
+from echoatt_exporter.passes import (
+    CheckContract,
+    RemoveDeadBranches,
+    RewireProbabilities,
+    SplitDecode,
+)
+from echoatt_exporter.passes._attention import find_attention
+from echoatt_exporter.passes._branches import branches
 from echoatt_runtime.manifest import METADATA_KEY
 
 PLAN = (0, 1, 1, 0)
@@ -61,15 +68,12 @@ def half_logits(model):
 
 def other_dimension(model):
     value = value_named(model.graph.inputs, "past_key_values.1.value")
-    value.shape = ir.Shape(["batch", 2, "length", 4])
+    value.shape = ir.Shape(["batch", 2, 4, "length"])
 
 
 def own_probabilities(model):
-    scatter = value_named(model.graph.outputs, "present.2.value").producer()
-    (use,) = scatter.outputs[0].uses()
-    wrong = value_named(model.graph.outputs, "present.0.value")
-    (other,) = wrong.uses()
-    use.node.replace_input_with(0, other.node.inputs[0])
+    wrong = find_attention(model.graph, 0).probabilities
+    find_attention(model.graph, 2).context.replace_input_with(0, wrong)
 
 
 def scatter_elsewhere(model):
@@ -168,7 +172,7 @@ def other_manifest(model):
         (half_logits, ["output logits is FLOAT16, expected FLOAT"]),
         (
             other_dimension,
-            ["past_key_values.1.value has shape [batch,2,length,4], expected [batch, 2, capacity"],
+            ["past_key_values.1.value has shape [batch,2,4,length], expected [batch, 2, 4, cap"],
         ),
         (own_probabilities, ["layer 2 does not read the probabilities of layer 1"]),
         (scatter_elsewhere, ["present.1.value is not written at past_lengths"]),
@@ -246,3 +250,18 @@ def test_cache_types_follow_the_dtype_and_logits_stay_float32(shared, dtype, ele
     for value in (*model.graph.inputs[3:], *model.graph.outputs[1:]):
         value.type = ir.TensorType(element_type)
     CheckContract(manifest)(model)
+
+
+def test_followers_are_checked_through_branches(shared):
+    model, manifest = shared
+    SplitDecode()(model)
+    CheckContract(manifest)(model)
+    context = find_attention(model.graph, 2).context
+    mine, other = (find_attention(model.graph, layer).probabilities for layer in (2, 0))
+    for number, branch in enumerate(branches(context)):
+        for node in branch:
+            for index in [i for i, value in enumerate(node.inputs) if value is mine]:
+                node.replace_input_with(index, other)
+        fault = ("probabilities, or other ones", "layer 2 does not read the probabilities of")
+        with pytest.raises(ContractError, match=fault[number]):
+            CheckContract(manifest)(model)

@@ -43,12 +43,15 @@ def test_a_plain_export_keeps_the_numbers(decoder, export, evaluate, difference,
     expected = evaluate(tiny.build(), tiny.feeds())
     model, reports = export(tiny)
     counts = ops(model)
+    assert counts["If"] == 4 * 2
     assert counts["RMSNormalization"] + counts["SkipSimplifiedLayerNormalization"] == 4 * 2 + 1
     assert counts["RotaryEmbedding"] == 4 * 2
     assert not {"ReduceMean", "Pow", "Neg", "Constant", "Identity"} & set(counts)
-    # A packed product, output projection, gate with up, and down; two of attention; the head
-    assert counts["MatMul"] == 4 * (1 + 1 + 1 + 1 + 2) + 1
+    # A packed product, output projection, gate with up, and down; the head
+    assert counts["MatMul"] == 4 * (1 + 1 + 1 + 1) + 1
     assert difference(expected, evaluate(model, tiny.feeds())) < 2e-5
+    one = tiny.feeds(tokens=1)
+    assert difference(evaluate(tiny.build(), one), evaluate(model, one)) < 2e-5
     assert reports[0].before.nodes > 1.5 * reports[-1].after.nodes
     assert reports[-1].name == "CheckContract"
     assert not reports[-1].modified
@@ -72,6 +75,7 @@ def test_rewriting_a_bundle_is_the_same_as_exporting_with_the_plan(
     assert GraphSize.of(rewritten) == GraphSize.of(exported)
     assert np.abs(unshared["logits"] - result["logits"]).max() > 0.05
     modified = {report.name for report in reports if report.modified}
+    assert {"JoinDecode", "SplitDecode"} <= modified
     assert {"RewireProbabilities", "RemoveDeadBranches", "CutPackedWeights"} <= modified
     assert not {"FuseRmsNorm", "FuseRotary", "PackProjections", "QuantizeWeights"} & modified
 
@@ -86,6 +90,14 @@ def test_a_shared_bundle_loses_exactly_the_followers_weights(decoder, export, dt
     column_bytes = {"fp32": 32 * 4, "int8": 32 + 4 + 1, "int4": 16 + 4 + 1}[dtype]
     # The sizes of the followers' Splits go too, but the sources' Split has the same
     assert before.bytes - after.bytes == 2 * columns * column_bytes
+
+
+def test_a_graph_for_a_gpu_has_no_branches(decoder, ops):
+    tiny = decoder()
+    model, manifest = tiny.build(), dataclasses.replace(tiny.manifest(), device="cuda")
+    model.metadata_props[METADATA_KEY] = manifest.to_json()
+    run_pipeline(model, export_pipeline(manifest))
+    assert "If" not in ops(model)
 
 
 def test_a_graph_that_was_shared_before_is_not_rewired(decoder, export, evaluate, difference):

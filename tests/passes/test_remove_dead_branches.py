@@ -71,6 +71,38 @@ def test_capacity_that_was_asked_of_a_followers_key_cache_is_asked_of_its_value_
     assert difference(expected, evaluate(model, feeds)) == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [((0, 1), (0, 1)), ((0, 2), (0, 2)), ((2, 3), (3, 4)), ((3, 4), (2, 3))]
+)
+def test_sizes_are_asked_along_the_value_caches_axes(decoder, evaluate, before, after):
+    model = shared(decoder)
+    number = ask_for_sizes(model, *before)
+    RemoveDeadBranches(PLAN)(model)
+    attributes = [number.attributes[name].as_int() for name in ("start", "end")]
+    assert tuple(attributes) == after
+    feeds = decoder().feeds()
+    sizes = dict(enumerate((2, 2, 12, 4)))
+    assert evaluate(model, feeds)["sizes"].tolist() == [sizes[axis] for axis in range(*before)]
+
+
+def test_sizes_that_the_value_cache_has_in_another_order_are_refused(decoder):
+    model = shared(decoder)
+    ask_for_sizes(model, 1, 3)
+    with pytest.raises(ContractError, match=r"asks for axes \[1, 2\] of a follower's key cache"):
+        RemoveDeadBranches(PLAN)(model)
+
+
+def ask_for_sizes(model, start, end):
+    key = next(value for value in model.graph.inputs if value.name == "past_key_values.2.key")
+    number = ir.node("Shape", [key], {"start": start, "end": end})
+    sizes = number.outputs[0]
+    sizes.name, sizes.type = "sizes", ir.TensorType(ir.DataType.INT64)
+    sizes.shape = ir.Shape([end - start])
+    model.graph.insert_before(next(iter(model.graph)), number)
+    model.graph.outputs.append(sizes)
+    return number
+
+
 def test_a_follower_that_was_not_rewired_is_refused_and_nothing_is_changed(decoder, ops):
     model = decoder().build()
     before = ops(model)

@@ -3,19 +3,13 @@ import pytest
 
 from echoatt_exporter.errors import ContractError, PlanError
 from echoatt_exporter.passes import RewireProbabilities
+from echoatt_exporter.passes._attention import find_attention
 
 PLAN = (0, 1, 1, 0)
 
 
 def first_operand(model, layer):
-    (use,) = [
-        use
-        for output in model.graph.outputs
-        if output.name == f"present.{layer}.value"
-        for use in output.uses()
-    ]
-    assert use.node.op_type == "MatMul"
-    return use.node.inputs[0]
+    return find_attention(model.graph, layer).probabilities
 
 
 def test_follower_reads_its_sources_probabilities(decoder, evaluate, difference):
@@ -87,8 +81,7 @@ def test_a_plan_that_does_not_fit_is_refused(decoder, sources, fault):
 
 def test_a_layer_without_a_context_product_is_named(decoder):
     model = decoder().build()
-    context = next(iter(first_operand(model, 3).uses())).node
-    context.op_type = "Mul"
+    find_attention(model.graph, 3).context.op_type = "Mul"
     with pytest.raises(ContractError, match="layer 3: 0 MatMul nodes"):
         RewireProbabilities(PLAN)(model)
 

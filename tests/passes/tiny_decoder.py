@@ -15,7 +15,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint
+from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint, capacity_axis
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "com.microsoft" : 1]>\n'
 
@@ -71,13 +71,21 @@ class Decoder:
             "int64[batch,n] logits_indices",
         ]
         outputs = [f"float[batch,n,{self.vocab}] logits"]
-        body = [_PRELUDE.replace("CAPACITY", _quote(self.capacity_from))]
+        axis = capacity_axis(self.capacity_from)
+        prelude = _PRELUDE.replace("AXIS", str(axis)).replace("END", str(axis + 1))
+        body = [prelude.replace("CAPACITY", _quote(self.capacity_from))]
         for layer in range(len(self.sources)):
             N = (self.kv_heads_of or {}).get(layer, self.kv_heads)
-            cache = f"float[batch,{N},capacity,{D}]"
-            kinds = ("value",) if layer in self.followers else ("key", "value")
-            inputs += [f'{cache} "past_key_values.{layer}.{kind}"' for kind in kinds]
-            outputs += [f'{cache} "present.{layer}.{kind}"' for kind in kinds]
+            caches = {
+                "key": f"float[batch,{N},capacity,{D}]",
+                "value": f"float[batch,{N},{D},capacity]",
+            }
+            if layer in self.followers:
+                del caches["key"]
+            inputs += [
+                f'{type_} "past_key_values.{layer}.{kind}"' for kind, type_ in caches.items()
+            ]
+            outputs += [f'{type_} "present.{layer}.{kind}"' for kind, type_ in caches.items()]
             body.append(self._layer(layer, N, weight, declared))
         body.append(
             _norm(f"x{len(self.sources)}", "final_norm", "last")
@@ -151,8 +159,10 @@ class Decoder:
         past, present = (f"{s}.{layer}." for s in ("past_key_values", "present"))
         value = _quote(f"{present}value")
         text += (
-            f'{value} = TensorScatter<axis=-2, mode="linear">'
-            f"({_quote(past + 'value')}, {p}vh, past_lengths)\n"
+            f"{p}vt = Transpose<perm=[0,1,3,2]>({p}vh)\n"
+            f'{value} = TensorScatter<axis=-1, mode="linear">'
+            f"({_quote(past + 'value')}, {p}vt, past_lengths)\n"
+            f"{p}vv = Transpose<perm=[0,1,3,2]>({value})\n"
         )
         if follower:
             probabilities = f"l{self.sources[layer]}_p"
@@ -175,7 +185,7 @@ class Decoder:
             )
             probabilities = f"{p}p"
         return text + (
-            f"{p}c = MatMul({probabilities}, {value})\n"
+            f"{p}c = MatMul({probabilities}, {p}vv)\n"
             f"{p}cd = Concat<axis=0>(dim_b, heads, dim_s, head_size)\n"
             f"{p}c4 = Reshape({p}c, {p}cd)\n"
             f"{p}ct = Transpose<perm=[0,2,1,3]>({p}c4)\n"
@@ -193,6 +203,7 @@ class Decoder:
             exporter_version="0.1.0",
             family="llama",
             sources=plan,
+            head_orders=(),
             layer_kinds=("full",) * len(plan),
             sliding_window=None,
             num_query_heads=self.query_heads,
@@ -211,19 +222,19 @@ class Decoder:
             verification=None,
         )
 
-    def feeds(self) -> dict[str, np.ndarray]:
-        """Two rows of three tokens, behind 5 and 2 valid ones, in buffers of 12."""
+    def feeds(self, tokens: int = 3) -> dict[str, np.ndarray]:
+        """Two rows of a few tokens, behind 5 and 2 valid ones, in buffers of 12."""
         rng = np.random.default_rng(7)
         feeds: dict[str, np.ndarray] = {
-            "input_ids": rng.integers(0, self.vocab, (2, 3)),
+            "input_ids": rng.integers(0, self.vocab, (2, tokens)),
             "past_lengths": np.array([5, 2]),
-            "logits_indices": np.array([[2, 0], [1, 2]]),
+            "logits_indices": np.array([[2, 0], [1, 2]]) % tokens,
         }
         for layer in range(len(self.sources)):
             for kind in ("key", "value"):
-                feeds[f"past_key_values.{layer}.{kind}"] = rng.standard_normal(
-                    (2, self.kv_heads, 12, self.head_dim)
-                ).astype(np.float32)
+                name = f"past_key_values.{layer}.{kind}"
+                shape = (2, *self.manifest().cache_dims(name, 12))
+                feeds[name] = rng.standard_normal(shape).astype(np.float32)
         return feeds
 
 
@@ -255,7 +266,7 @@ _PRELUDE = """
 dim_b = Shape<start=0, end=1>(input_ids)
 dim_s = Shape<start=1, end=2>(input_ids)
 dim_n = Shape<start=1, end=2>(logits_indices)
-dim_t = Shape<start=2, end=3>(CAPACITY)
+dim_t = Shape<start=AXIS, end=END>(CAPACITY)
 seq_length = Squeeze(dim_s)
 capacity_length = Squeeze(dim_t)
 steps = Range(first, seq_length, step)

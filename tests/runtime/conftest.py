@@ -31,6 +31,7 @@ def tiny_manifest(**changes: Any) -> Manifest:
         "exporter_version": "0.1.0",
         "family": "llama",
         "sources": (0, 1, 1),
+        "head_orders": (),
         "layer_kinds": ("full", "full", "full"),
         "sliding_window": None,
         "num_query_heads": 4,
@@ -156,7 +157,7 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
         add("Gather", weights["embedding"], "input_ids"),
         add("Gather", weights["positions"], positions),
     )
-    capacity = add("Squeeze", add("Shape", "past_key_values.0.value", start=2, end=3))
+    capacity = add("Squeeze", add("Shape", "past_key_values.0.value", start=3, end=4))
     visible = add(
         "LessOrEqual",
         add("Range", zero, capacity, one),
@@ -171,8 +172,11 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
     def cached(layer: int, name: str) -> str:
         new = split_heads(add("MatMul", x, weights[f"{layer}.{name}"]), kv_heads)
         past, present = f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
-        scatter = functools.partial(add, "TensorScatter", past, new, "past_lengths", to=present)
-        return scatter(axis=-2, mode="linear")
+        scatter = functools.partial(add, "TensorScatter", past, mode="linear", to=present)
+        if name == "key":
+            return scatter(new, "past_lengths", axis=-2)
+        scatter(add("Transpose", new, perm=[0, 1, 3, 2]), "past_lengths", axis=-1)
+        return add("Transpose", present, perm=[0, 1, 3, 2])
 
     probabilities: dict[int, str] = {}
     for layer, source in enumerate(manifest.sources):
@@ -194,24 +198,21 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
     logits = add("MatMul", add("GatherND", x, wanted, batch_dims=1), weights["head"])
     graph.nodes.append(helper.make_node("Cast", [logits], ["logits"], to=TensorProto.FLOAT))
 
-    cache_shape: list[str | int | None] = ["batch", kv_heads, "capacity", head_dim]
+    def cache_info(name: str) -> onnx.ValueInfoProto:
+        shape = ["batch", *manifest.cache_dims(name, "capacity")]
+        return helper.make_tensor_value_info(name, element_type, shape)
+
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
         helper.make_tensor_value_info("past_lengths", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("logits_indices", TensorProto.INT64, ["batch", "n"]),
-        *(
-            helper.make_tensor_value_info(name, element_type, cache_shape)
-            for name in manifest.past_names
-        ),
+        *map(cache_info, manifest.past_names),
     ]
     outputs = [
         helper.make_tensor_value_info(
             "logits", TensorProto.FLOAT, ["batch", "n", manifest.vocab_size]
         ),
-        *(
-            helper.make_tensor_value_info(name, element_type, cache_shape)
-            for name in manifest.present_names
-        ),
+        *map(cache_info, manifest.present_names),
     ]
     return helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.initializers),

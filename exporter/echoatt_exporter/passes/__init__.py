@@ -6,6 +6,7 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.passes.join_decode import JoinDecode
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.pipeline import export_pipeline
 from echoatt_exporter.passes.quantize_weights import QuantizeWeights
@@ -13,6 +14,7 @@ from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import GraphSize, PassReport, PassStep, run_pipeline
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
 from echoatt_exporter.passes.share_tied_table import ShareTiedTable
+from echoatt_exporter.passes.split_decode import SplitDecode
 
 __all__ = [
     "CheckContract",
@@ -21,6 +23,7 @@ __all__ = [
     "FuseRotary",
     "FuseSkipRmsNorm",
     "GraphSize",
+    "JoinDecode",
     "PackProjections",
     "PassReport",
     "PassStep",
@@ -28,6 +31,7 @@ __all__ = [
     "RemoveDeadBranches",
     "RewireProbabilities",
     "ShareTiedTable",
+    "SplitDecode",
     "check_file",
     "export_pipeline",
     "run_pipeline",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from echoatt_exporter.errors import ContractError, PlanError
+from echoatt_exporter.passes._branches import captured
 from echoatt_exporter.plan import SharingPlan
 
 
@@ -17,8 +18,8 @@ class LayerAttention:
 
     Attributes:
         layer: Its index.
-        context: The MatMul of probabilities and values.
-        probabilities: Its first operand, [batch, kv_heads, group*seq, capacity].
+        context: The MatMul of probabilities and values, or SplitDecode's If around it.
+        probabilities: What it multiplies, [batch, kv_heads, group*seq, capacity].
     """
 
     layer: int
@@ -27,7 +28,7 @@ class LayerAttention:
 
 
 def find_attention(graph: ir.Graph, layer: int) -> LayerAttention:
-    """Find the context MatMul of `layer`: the one whose second operand is `present.{layer}.value`.
+    """Find where `layer` multiplies by its values, which are `present.{layer}.value` transposed.
 
     Raises:
         ContractError: There is no such cache, or not exactly one such MatMul.
@@ -45,20 +46,37 @@ def find_attention(graph: ir.Graph, layer: int) -> LayerAttention:
             f"layer {layer}: {name} is written by {found} and not by TensorScatter; "
             "export it again with echoatt-export"
         )
-    contexts = [
-        use.node
-        for use in value.uses()
-        if use.node.op_type == "MatMul" and use.node.domain == "" and use.idx == 1
-    ]
+    contexts = [*_products(graph, value), *_split_products(graph, value)]
     if len(contexts) != 1:
         raise ContractError(
-            f"layer {layer}: {len(contexts)} MatMul nodes have {name} as their second operand, "
-            "expected one; export it again with echoatt-export"
+            f"layer {layer}: {len(contexts)} MatMul nodes have {name}, transposed, as their second"
+            " operand, expected one; export it again with echoatt-export"
         )
-    probabilities = contexts[0].inputs[0]
+    context, probabilities = contexts[0]
     if probabilities is None:
-        raise ContractError(f"layer {layer}: its context MatMul has no first operand")
-    return LayerAttention(layer, contexts[0], probabilities)
+        raise ContractError(
+            f"layer {layer}: its context has no probabilities, or other ones in each branch; "
+            "export it again with echoatt-export"
+        )
+    return LayerAttention(layer, context, probabilities)
+
+
+def _products(graph: ir.Graph, cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+    """MatMul nodes of the main graph by the transposed cache, each with its first operand."""
+    for use in cache.uses():
+        if use.node.op_type != "Transpose" or use.node.graph is not graph:
+            continue
+        for node, index in use.node.outputs[0].uses():
+            if node.op_type == "MatMul" and node.domain == "" and index == 1:
+                yield node, node.inputs[0]
+
+
+def _split_products(graph: ir.Graph, cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+    """If nodes whose branches read the cache, each with the only other value that both read."""
+    for node in graph:
+        if node.op_type == "If" and any(cache in values for values in captured(node)):
+            one, many = (values - {cache} for values in captured(node))
+            yield node, next(iter(one)) if one == many and len(one) == 1 else None
 
 
 def check_plan(graph: ir.Graph, sources: Sequence[int]) -> SharingPlan:

@@ -18,6 +18,7 @@ from echoatt_runtime.manifest import (
     METADATA_KEY,
     PAST_LENGTHS,
     Manifest,
+    capacity_axis,
 )
 
 OPSETS = {"": 24, "com.microsoft": 1}
@@ -77,14 +78,17 @@ class CheckContract(ir.passes.InPlacePass):
 def _interface_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
     cache_type = ir.DataType[manifest.cache_element_type.replace("float32", "float").upper()]
     batch, capacity = _CACHE_DIMS
-    cache = (cache_type, (batch, manifest.num_kv_heads, capacity, manifest.head_dim))
+
+    def caches(names: Sequence[str]) -> dict[str, tuple[ir.DataType, tuple[str | int, ...]]]:
+        return {name: (cache_type, (batch, *manifest.cache_dims(name, capacity))) for name in names}
+
     inputs = {
         INPUT_IDS: (ir.DataType.INT64, (batch, "seq")),
         PAST_LENGTHS: (ir.DataType.INT64, (batch,)),
         LOGITS_INDICES: (ir.DataType.INT64, (batch, "n")),
-    } | dict.fromkeys(manifest.past_names, cache)
-    outputs = {LOGITS: (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | dict.fromkeys(
-        manifest.present_names, cache
+    } | caches(manifest.past_names)
+    outputs = {LOGITS: (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | caches(
+        manifest.present_names
     )
     for kind, values, expected, order in (
         ("input", graph.inputs, inputs, manifest.input_names),
@@ -133,7 +137,8 @@ def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
         indices = scatter.inputs[2] if len(scatter.inputs) > 2 else None
         if indices is None or indices is not inputs.get(PAST_LENGTHS):
             yield f"{present_name} is not written at past_lengths"
-        if scatter.attributes.get_int("axis", -2) not in (-2, 2):
+        axis = capacity_axis(present_name)
+        if scatter.attributes.get_int("axis", -2) not in (axis, axis - 4):
             yield f"{present_name} is not written along its capacity"
         if scatter.attributes.get_string("mode", "linear") != "linear":
             yield f"{present_name} is written in mode {scatter.attributes.get_string('mode')}"

@@ -19,12 +19,14 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.passes.join_decode import JoinDecode
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.quantize_weights import BITS, QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import PassStep
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
 from echoatt_exporter.passes.share_tied_table import ShareTiedTable
+from echoatt_exporter.passes.split_decode import SplitDecode
 from echoatt_runtime.manifest import Manifest
 
 # Constants of shapes and axes are this small; norms of real models are not, and stay apart.
@@ -48,8 +50,12 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
     sources = manifest.sources
     steps = [
         PassStep(
+            transform=JoinDecode(),
+            why="first, because a bundle's branches hide its attention from the passes",
+        ),
+        PassStep(
             transform=IdentityEliminationPass(),
-            why="first, because an Identity between two nodes hides a pattern",
+            why="early, because an Identity between two nodes hides a pattern",
         ),
         PassStep(
             transform=LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -104,6 +110,13 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             PassStep(
                 transform=ShareTiedTable(),
                 why="a tied LM head needs no copy; a quantised one has weights of its own",
+            )
+        )
+    if manifest.device == "cpu":
+        steps.append(
+            PassStep(
+                transform=SplitDecode(),
+                why="after all that looks for patterns, which branches would hide",
             )
         )
     steps += [

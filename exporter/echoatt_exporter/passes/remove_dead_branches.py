@@ -19,7 +19,7 @@ class RemoveDeadBranches(ir.passes.InPlacePass):
 
     1. drops each follower's output `present.{l}.key`;
     2. lets a Shape of a follower's key cache, where the exporter happened to ask for the capacity,
-       read the value cache, which has the same shape;
+       read the value cache, whose last axis it is;
     3. removes every node and every initializer that no output needs any more;
     4. drops each follower's input `past_key_values.{l}.key`, which nothing reads then.
 
@@ -72,7 +72,27 @@ def _move_shapes(graph: ir.Graph, followers: Sequence[int]) -> None:
         key = inputs.get(f"past_key_values.{layer}.key")
         for use in tuple(key.uses()) if key is not None else ():
             if use.node.op_type == "Shape":
-                use.node.replace_input_with(0, inputs[f"past_key_values.{layer}.value"])
+                _move_shape(use.node, inputs[f"past_key_values.{layer}.value"])
+
+
+def _move_shape(shape: ir.Node, value_cache: ir.Value) -> None:
+    """Let a Shape of a key cache read a value cache, whose last two axes are the other way round.
+
+    Raises:
+        ContractError: It asks for several axes of which the last two are only some.
+    """
+    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", 4)
+    axes = range(4)[start:end]
+    if axes in (range(2, 3), range(3, 4)):
+        other = 5 - axes[0]
+        shape.attributes["start"] = ir.AttrInt64("start", other)
+        shape.attributes["end"] = ir.AttrInt64("end", other + 1)
+    elif not set(axes) <= {0, 1}:
+        raise ContractError(
+            f"{shape.outputs[0].name} asks for axes {list(axes)} of a follower's key cache; "
+            "export the model again with echoatt-export"
+        )
+    shape.replace_input_with(0, value_cache)
 
 
 def _refuse_key_readers(outputs: Sequence[ir.Value], inputs: set[str]) -> None:

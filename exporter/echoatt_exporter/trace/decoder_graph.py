@@ -46,8 +46,8 @@ class DecoderGraph(nn.Module):
             input_ids: int64 [B, S].
             past_lengths: int64 [B], valid tokens of each row.
             logits_indices: int64 [B, n], the positions in this call whose logits are wanted.
-            past: the templates' caches [B, N, T, D] in the contract's order: by layer key then
-                value, a follower's value only.
+            past: the templates' caches in the contract's order: by layer key [B, N, T, D] then
+                value [B, N, D, T], a follower's value only.
 
         Returns:
             Logits, float32 [B, n, V], and the updated caches in the same order.

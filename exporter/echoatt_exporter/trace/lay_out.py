@@ -10,6 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
+from echoatt_exporter._copy_nodes import copy_nodes
 from echoatt_exporter.trace.layer_kinds import LayerKinds
 from echoatt_exporter.trace.markers import DOMAIN, LAYER_INPUT, LAYER_OUTPUT, PROBABILITIES
 from echoatt_runtime.manifest import Manifest
@@ -91,7 +92,7 @@ def lay_out_layers(
             substitutes[weight] = ir.Value(
                 name=full_name, type=weight.type, shape=weight.shape, const_value=tensor
             )
-        new_nodes += _copy(template.body, substitutes, f"layers.{layer}/")
+        new_nodes += copy_nodes(template.body, substitutes, f"layers.{layer}/")
         hidden = substitutes[template.hidden_out]
         for name, (_, present) in template.caches.items():
             value = substitutes[present]
@@ -179,26 +180,3 @@ def _between(graph: ir.Graph, own: set[ir.Value], targets: Sequence[ir.Value]) -
             backward.add(producer)
             pending.extend(value for value in producer.inputs if value is not None)
     return [node for node in graph if node in backward]
-
-
-def _copy(
-    body: Sequence[ir.Node], substitutes: dict[ir.Value, ir.Value | None], prefix: str
-) -> list[ir.Node]:
-    """Copies of ``body`` that read the substitutes; adds their outputs to the substitutes."""
-    copies = []
-    for node in body:
-        copy = ir.Node(
-            node.domain,
-            node.op_type,
-            [None if v is None else substitutes.get(v, v) for v in node.inputs],
-            node.attributes.values(),
-            overload=node.overload,
-            num_outputs=len(node.outputs),
-            version=node.version,
-            name=f"{prefix}{node.name}",
-        )
-        for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.name, new.type, new.shape = f"{prefix}{old.name}", old.type, old.shape
-            substitutes[old] = new
-        copies.append(copy)
-    return copies

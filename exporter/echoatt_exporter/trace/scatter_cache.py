@@ -19,7 +19,8 @@ class ScatterCache:
     runtime that binds one buffer to input and output copies nothing.
 
     Attributes:
-        present: by layer, the updated (key, value) buffers, [B, N, T, D]; a follower's key is None.
+        present: by layer, the updated (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a
+            follower's key is None.
     """
 
     is_compileable = False
@@ -32,7 +33,8 @@ class ScatterCache:
         """Wrap the buffers.
 
         Args:
-            past: by layer, the (key, value) buffers, [B, N, T, D]; a follower's key is None.
+            past: by layer, the (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a follower's
+                key is None.
             past_lengths: int64 [B], where each row's new tokens are written.
         """
         self._past = past
@@ -42,21 +44,21 @@ class ScatterCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values [B, N, S, D]; give the whole buffers back."""
+        """Write new keys and values [B, N, S, D]; give both whole buffers back, [B, N, T, D]."""
         past_key, past_value = self._past[layer]
-        new_value = self._write(past_value, value)
+        new_value = self._write(past_value, value.transpose(2, 3), axis=-1)
         if past_key is None:
             self.present[layer] = (None, new_value)
-            return key, new_value
-        new_key = self._write(past_key, key)
+            return key, new_value.transpose(2, 3)
+        new_key = self._write(past_key, key, axis=-2)
         self.present[layer] = (new_key, new_value)
-        return new_key, new_value
+        return new_key, new_value.transpose(2, 3)
 
-    def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _write(self, buffer: torch.Tensor, new: torch.Tensor, axis: int) -> torch.Tensor:
         written: torch.Tensor = torch.onnx.ops.symbolic(
             "TensorScatter",
             (buffer, new, self._past_lengths),
-            attrs={"axis": -2, "mode": "linear"},
+            attrs={"axis": axis, "mode": "linear"},
             dtype=new.dtype,
             shape=buffer.shape,
             version=OPSET_VERSION,

@@ -18,7 +18,14 @@ from echoatt_exporter.trace.lay_out import lay_out_layers
 from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
-from echoatt_runtime.manifest import INPUT_IDS, LOGITS, LOGITS_INDICES, PAST_LENGTHS, Manifest
+from echoatt_runtime.manifest import (
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    PAST_LENGTHS,
+    Manifest,
+    capacity_axis,
+)
 
 # By a bundle's dtype, what its weights are rounded to before they are traced. Block quantisation
 # comes later, and starts from float32.
@@ -64,7 +71,7 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     ]
     with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
         model = _trace(DecoderGraph(student, manifest, kinds), manifest, cache_names, student.dtype)
-    _name_dimensions(model)
+    _name_dimensions(model, manifest)
     prefix = f"decoder.{FAMILIES[manifest.family].layers}."
     lay_out_layers(model, manifest, kinds, layers, prefix)
     simplify(model)
@@ -76,8 +83,10 @@ def _trace(
 ) -> ir.Model:
     """Run torch's exporter on a module with the contract's inputs and some of its caches."""
     sizes = _EXAMPLE
-    shape = (sizes["batch"], manifest.num_kv_heads, sizes["capacity"], manifest.head_dim)
-    caches = [torch.zeros(shape, dtype=dtype) for _ in cache_names]
+    shapes = [
+        (sizes["batch"], *manifest.cache_dims(name, sizes["capacity"])) for name in cache_names
+    ]
+    caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     example = (
         torch.zeros((sizes["batch"], sizes["seq"]), dtype=torch.int64),
         torch.tensor([4, 2]),
@@ -89,7 +98,7 @@ def _trace(
         {0: batch, 1: seq},
         {0: batch},
         {0: batch, 1: n},
-        [{0: batch, 2: capacity} for _ in caches],
+        [{0: batch, capacity_axis(name): capacity} for name in cache_names],
     )
     program = torch.onnx.export(
         module.eval(),
@@ -108,16 +117,17 @@ def _trace(
     return program.model
 
 
-def _name_dimensions(model: ir.Model) -> None:
+def _name_dimensions(model: ir.Model, manifest: Manifest) -> None:
     """Give the symbolic dimensions the contract's names instead of the tracer's."""
     graph = model.graph
     names: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None  # noqa: S101 - torch names every input
         assert value.shape is not None  # noqa: S101 - and knows its shape
-        axes = _AXES.get(value.name, ("batch", None, "capacity", None))
+        cache = ("batch", *manifest.cache_dims(value.name, "capacity"))
+        axes = _AXES.get(value.name, cache)
         for dimension, name in zip(value.shape, axes, strict=True):
-            if name is not None:
+            if isinstance(name, str):
                 names[str(dimension)] = name
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
     for value in (*graph.inputs, *graph.outputs, *(o for node in graph for o in node.outputs)):

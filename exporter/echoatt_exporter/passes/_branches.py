@@ -1,0 +1,52 @@
+"""The two branches by which a CPU's graph attends: one for a single new token, one for any number.
+
+SplitDecode makes them, JoinDecode takes them away, and `find_attention` sees through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import onnx_ir as ir
+
+# Names in a branch begin with it: a name may not be used twice, in whatever branch
+DECODE: Final = "decode/"
+PREFILL: Final = "prefill/"
+
+
+def branches(node: ir.Node) -> tuple[ir.Graph, ir.Graph]:
+    """The then-branch and the else-branch of an If."""
+    return node.attributes["then_branch"].as_graph(), node.attributes["else_branch"].as_graph()
+
+
+def captured(node: ir.Node) -> list[set[ir.Value]]:
+    """By branch of an If, the computed values and inputs of the outer graph that it reads."""
+    found = []
+    for branch in branches(node):
+        inner = {output for one in branch for output in one.outputs}
+        read = {value for one in branch for value in one.inputs if value is not None}
+        found.append({value for value in read - inner if not value.is_initializer()})
+    return found
+
+
+def branch(nodes: Sequence[ir.Node], name: str) -> ir.Graph:
+    """A branch that gives the last node's result."""
+    result = nodes[-1].outputs[0]
+    # Its size differs from branch to branch, as far as symbols can tell
+    result.shape = None
+    return ir.Graph([], [result], nodes=nodes, name=name)
+
+
+def take_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Take all nodes out of a branch, still connected; it is left without outputs."""
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    return nodes
+
+
+def drop_nodes(graph: ir.Graph) -> None:
+    """Take all nodes out of a branch and let go of what they read."""
+    graph.outputs.clear()
+    graph.remove(list(graph), safe=True)
