@@ -39,16 +39,18 @@ class SplitDecode(RewritePass):
     ONNX Runtime's CPU product packs its right operand, which for a cache means a copy at every
     token. With the cache on the left nothing is copied: a layer's scores took 343 us instead of 491
     at 4,112 tokens, its context 373 instead of 490. For many tokens the packing is worth its while,
-    and the else-branch has the nodes as they were. Both branches give the same shape.
+    and the else-branch has the nodes as they were. Both branches give as many elements.
 
     B batch, N key/value heads, G query heads of each, S new tokens, T capacity, D head size. In a
     float32 graph the pass acts
 
     1. on the product of queries [B, N, G·S, D] and transposed key cache [B, N, T, D], with all that
        follows up to the probabilities: operators by element, whose other operand is a scalar or has
-       one head, reshapes, one Softmax over the last axis and a Reshape behind it. For one token the
-       product is FusedMatMul(keys, queries) and a Transpose of its small result; the reshapes,
-       which split groups and tokens, are left out, and a scaling that comes first is folded in;
+       one head, reshapes, and one Softmax over the last axis. For one token the product is
+       FusedMatMul(keys, queries) and a Transpose of its small result; the reshapes, which split
+       groups and tokens, are left out, and a scaling that comes first is folded in. The Reshape
+       behind the Softmax, which joins them again, stays where it is: as a branch's last node it
+       would copy its input, which for many tokens is the largest tensor there is;
     2. on the product of probabilities [B, N, G·S, T] and transposed value cache [B, N, D, T], which
        becomes FusedMatMul(values, probabilities) and a Transpose. For many tokens the transposed
        values are written out (the Reshape, which changes nothing, keeps ONNX Runtime from undoing
@@ -94,7 +96,7 @@ class SplitDecode(RewritePass):
         )
         many += copy_nodes([node], {transposed: many[-1].outputs[0]}, PREFILL)
         one = _left_product(values_BNDT, given(node.inputs[0]), result, {})
-        self._branch(result, one, many)
+        self._branch(result, one, many, result.shape)
 
     def _split_scores(self, node: ir.Node, view: ir.Node, keys_BNTD: ir.Value) -> None:
         chain = _up_to_probabilities(node)
@@ -113,9 +115,18 @@ class SplitDecode(RewritePass):
             substitutes[before] = one[-1].outputs[0]
             one += copy_nodes([item], substitutes, DECODE)
             one[-1].outputs[0].shape = None
-        self._branch(result, one, copy_nodes([view, node, *chain], {}, PREFILL))
+        many = copy_nodes([view, node, *chain], {}, PREFILL)
+        # For one token it is [B, N, G, T], for many [B, H, S, T]
+        batch, _, _, capacity = shape_of(result)
+        self._branch(result, one, many, ir.Shape([batch, None, None, capacity]))
 
-    def _branch(self, result: ir.Value, one: Sequence[ir.Node], many: Sequence[ir.Node]) -> None:
+    def _branch(
+        self,
+        result: ir.Value,
+        one: Sequence[ir.Node],
+        many: Sequence[ir.Node],
+        shape: ir.Shape | None,
+    ) -> None:
         last = result.producer()
         assert last is not None  # noqa: S101 - the rule has found it
         graph = graph_of(last)
@@ -129,6 +140,7 @@ class SplitDecode(RewritePass):
             after=result,
             suffix="split",
         )
+        split.outputs[0].shape = shape
         graph.insert_before(last, split)
         replace(result, split.outputs[0])
         remove_dead(graph, [result])
@@ -173,7 +185,7 @@ def _left_product(
 
 
 def _up_to_probabilities(product: ir.Node) -> list[ir.Node]:
-    """The nodes behind a product of queries and keys, the last of them gives the probabilities."""
+    """The nodes behind a product of queries and keys, to the Softmax that a Reshape reads."""
     chain: list[ir.Node] = []
     value = product.outputs[0]
     while not chain or chain[-1].op_type != "Softmax":
@@ -192,7 +204,7 @@ def _up_to_probabilities(product: ir.Node) -> list[ir.Node]:
     need(softmax.attributes.get_int("axis", -1) in (-1, 3), "the Softmax is not of the last axis")
     last = _only_reader(value)
     need(last.op_type == "Reshape", "no Reshape joins groups and tokens behind the Softmax")
-    return [*chain, last]
+    return chain
 
 
 def _only_reader(value: ir.Value) -> ir.Node:
