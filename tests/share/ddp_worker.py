@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +32,10 @@ def rows(rank: int) -> torch.Tensor:
 def main() -> None:
     """Run one step and save this process's gradients as ``OUT_DIR/RANK.pt``."""
     out, rank = Path(sys.argv[1]), int(sys.argv[2])
+    # A worker that hangs ends and says where
+    faulthandler.dump_traceback_later(150, exit=True)
+    # Both run here, so nothing but the loopback device needs to be looked at
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     init_process_group(
         "gloo",
         init_method=f"file://{out / 'rendezvous'}",

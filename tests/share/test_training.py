@@ -155,7 +155,7 @@ def test_distributed_data_parallel_averages_gradients(tmp_path: Path) -> None:
     ]
     try:
         for worker in workers:
-            _, errors = worker.communicate(timeout=120)
+            _, errors = worker.communicate(timeout=180)
             assert worker.returncode == 0, errors
     finally:
         for worker in workers:
