@@ -20,7 +20,7 @@ from echoatt_exporter.parity.arithmetic import (
     round_trip,
 )
 from echoatt_exporter.passes import QuantizeWeights
-from echoatt_exporter.passes.quantize_weights import BLOCK_SIZE, quantize_blocks
+from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE, quantize_blocks
 from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 from echoatt_runtime.errors import DamagedBundleError
@@ -95,8 +95,8 @@ def test_rounded_weights_are_those_that_the_operator_multiplies_by(
 ) -> None:
     outputs, block = 5, BLOCK_SIZE
     weight_NK = np.random.default_rng(0).normal(size=(outputs, inputs)).astype(np.float32)
-    packed = quantize_blocks(weight_NK.T, bits, block, symmetric=False)
-    names = ["q", "s", "z"]
+    packed = quantize_blocks(weight_NK.T, bits, block)
+    names = ["q", "s"]
     make = onnx.helper
     node = make.make_node(
         "MatMulNBits", ["x", *names], ["y"], domain="com.microsoft",

@@ -17,7 +17,7 @@ from echoatt_exporter.bench.engines import EngineSpec, why_absent
 from echoatt_exporter.bench.gguf_file import TENSOR_TYPES, gguf_weight_bytes, write_gguf
 from echoatt_exporter.bench.weight_bytes import onnx_weight_bytes
 from echoatt_exporter.errors import BenchError
-from echoatt_exporter.passes.quantize_weights import BLOCK_SIZE
+from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE
 
 _FLOAT32, _FLOAT16 = 4, 2
 

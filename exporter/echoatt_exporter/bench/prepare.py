@@ -195,7 +195,7 @@ def _peer_notes(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
     kinds = {engine.kind for engine in engines}
     notes = {
         "genai": "genai: its own builder's model of the unshared checkpoint; quantised by its"
-        " default, symmetric blocks of 32 at accuracy level 4 (EchoAtt's blocks have zero points).",
+        " default, symmetric blocks of 32 at accuracy level 4, as EchoAtt's are.",
         "torch": "torch: transformers' generate with SDPA and a DynamicCache, float32.",
         "llama.cpp": "llama.cpp: every matrix in the type named, the head too; its cache is"
         " float16.",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from echoatt_exporter.passes.quantize_weights import BLOCK_SIZE, COLUMNS_AT_ONCE, quantize_blocks
+from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE, quantize_blocks, zero_level
 
 _Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -73,16 +73,12 @@ def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
 
 def round_trip(weight_NK: npt.NDArray[np.float32], bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
     """Quantise a weight as the QuantizeWeights pass does; give what it then stands for."""
-    parts = []
-    for begin in range(0, len(weight_NK), COLUMNS_AT_ONCE):
-        weight_KN = weight_NK[begin : begin + COLUMNS_AT_ONCE].T
-        packed, scales, zero_points = quantize_blocks(weight_KN, bits, BLOCK_SIZE, False)
-        N, J, _ = packed.shape
-        levels_NJK = _unpack(packed.reshape(N, -1), bits).reshape(N, J, BLOCK_SIZE)
-        zeros_NJ1 = _unpack(zero_points, bits)[:, :J, None]
-        parts.append(((levels_NJK - zeros_NJ1) * scales.reshape(N, J, 1)).reshape(N, -1))
+    packed, scales_NJ = quantize_blocks(weight_NK.T, bits, BLOCK_SIZE)
+    N, J, _ = packed.shape
+    levels_NJX = _unpack(packed.reshape(N, -1), bits).reshape(N, J, BLOCK_SIZE)
+    rounded_NK = ((levels_NJX - zero_level(bits)) * scales_NJ[..., None]).reshape(N, -1)
     # The last block is padded where K is not a whole number of blocks
-    return np.concatenate(parts)[:, : weight_NK.shape[1]]
+    return rounded_NK[:, : weight_NK.shape[1]]
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]:
