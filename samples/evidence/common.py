@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from echoatt_exporter.evaluate.models import CheckpointModel
 from echoatt_exporter.evaluate.perplexity import score_documents
 from echoatt_exporter.evaluate.score import TextScore
 from echoatt_exporter.texts import Text, read_texts
@@ -55,7 +56,8 @@ def score(
     model: PreTrainedModel, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
 ) -> TextScore:
     """Every token with at least 128 before it, in windows of the length of the training."""
-    return score_documents(model, texts, tokenizer, length=LENGTH, stride=LENGTH // 2)
+    scored = CheckpointModel(model, tokenizer)
+    return score_documents(scored, texts, length=LENGTH, stride=LENGTH // 2)
 
 
 def percent(ratio: float) -> str:

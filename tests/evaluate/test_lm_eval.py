@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from echoatt_exporter import load_student
+from echoatt_exporter.evaluate.models import CheckpointModel
 from echoatt_exporter.evaluate.perplexity import score_documents
 from echoatt_exporter.share.checkpoint import save_student
 from echoatt_exporter.texts import load_tokenizer, read_texts
@@ -82,10 +83,12 @@ def test_harness_and_project_agree_on_bits_a_byte(tmp_path: Path) -> None:
 
     student, tokenizer = load_student(student_dir, None), load_tokenizer(student_dir)
     texts = read_texts([documents])
-    ours = score_documents(student, texts, tokenizer, length=512, stride=256)
+    ours = score_documents(CheckpointModel(student, tokenizer), texts, length=512, stride=256)
     assert ours.bytes == sum(len(part.encode()) for part in paragraphs)
     assert theirs == pytest.approx(ours.bits_per_byte, rel=1e-5)
     # Sharing shows in the figure, so that the line above compares the student and not its teacher
     unshared = load_student(teacher, None, dtype=torch.float32)
-    of_teacher = score_documents(unshared, texts, tokenizer, length=512, stride=256)
+    of_teacher = score_documents(
+        CheckpointModel(unshared, tokenizer), texts, length=512, stride=256
+    )
     assert theirs != pytest.approx(of_teacher.bits_per_byte, rel=1e-3)

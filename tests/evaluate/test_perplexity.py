@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from echoatt_exporter import AnalysisError, EchoAttForCausalLM, TextError, share_attention
-from echoatt_exporter.evaluate.perplexity import TextScore, score_documents
+from echoatt_exporter.evaluate.models import CheckpointModel
+from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
+from echoatt_exporter.evaluate.score import TextScore
 from echoatt_exporter.share.checkpoint import load_model
 from echoatt_exporter.texts import Text
 
@@ -65,9 +67,8 @@ def test_every_token_once_with_the_context_that_its_window_gives(
     documents, told = _documents(), []
 
     score = score_documents(
-        model,
+        CheckpointModel(model, tokenizer_of(leads)),
         documents,
-        tokenizer_of(leads),
         length=LENGTH,
         stride=STRIDE,
         batch_size=3,
@@ -105,9 +106,8 @@ def test_numbers_known_beforehand(
     leads: bool, max_tokens: int | None, tokens: int, size: int, uniform: Any, tokenizer_of: Models
 ) -> None:
     documents = [Text("a", "w2 w33 w4 w5"), Text("b", "w6 w7 w8")]
-    score = score_documents(
-        uniform, documents, tokenizer_of(leads), length=8, stride=4, max_tokens=max_tokens
-    )
+    model = CheckpointModel(uniform, tokenizer_of(leads))
+    score = score_documents(model, documents, length=8, stride=4, max_tokens=max_tokens)
     assert (score.tokens, score.bytes) == (tokens, size)
     assert score.nats_per_token == pytest.approx(math.log(61), rel=1e-6)
     assert score.perplexity == pytest.approx(61, rel=1e-6)
@@ -115,9 +115,8 @@ def test_numbers_known_beforehand(
 
 
 def test_bytes_are_utf_8(uniform: Any, tokenizer_of: Models) -> None:
-    score = score_documents(
-        uniform, [Text("a", "w2 \u20ac\u20ac w3\n")], tokenizer_of(True), length=8, stride=4
-    )
+    model = CheckpointModel(uniform, tokenizer_of(True))
+    score = score_documents(model, [Text("a", "w2 \u20ac\u20ac w3\n")], length=8, stride=4)
     assert (score.tokens, score.bytes) == (3, 3 + 6 + 3 + 1)
 
 
@@ -135,17 +134,17 @@ def test_bytes_are_utf_8(uniform: Any, tokenizer_of: Models) -> None:
 def test_windows_that_cannot_be_are_refused(
     changes: dict[str, int], message: str, uniform: Any, tokenizer_of: Models
 ) -> None:
+    model = CheckpointModel(uniform, tokenizer_of(True))
     with pytest.raises(AnalysisError, match=message):
-        score_documents(
-            uniform, _documents(), tokenizer_of(True), **{"length": 8, "stride": 4, **changes}
-        )
+        score_documents(model, _documents(), **{"length": 8, "stride": 4, **changes})
 
 
 def test_text_and_models_that_give_no_number_are_refused(
     tiny_model: Models, uniform: Any, tokenizer_of: Models
 ) -> None:
     def score(model: Any, content: str, leads: bool = False) -> TextScore:
-        return score_documents(model, [Text("a", content)], tokenizer_of(leads), length=8, stride=4)
+        scored = CheckpointModel(model, tokenizer_of(leads))
+        return score_documents(scored, [Text("a", content)], length=8, stride=4)
 
     with pytest.raises(TextError, match="no document has two tokens"):
         score(uniform, "w3")
@@ -154,6 +153,23 @@ def test_text_and_models_that_give_no_number_are_refused(
     torch.nn.init.constant_(uniform.lm_head.weight, math.inf)
     with pytest.raises(AnalysisError, match="loss is not a number"):
         score(uniform, "w3 w4")
+
+
+def test_models_that_cannot_be_held_against_each_other_are_refused(
+    tiny_model: Models, uniform: Any, tokenizer_of: Models
+) -> None:
+    def compare(reference: CheckpointModel, length: int = 8) -> None:
+        model = CheckpointModel(uniform, tokenizer_of(True))
+        compare_documents(model, reference, _documents(), length=length, stride=4)
+
+    other = tiny_model("llama", vocab_size=62)
+    with pytest.raises(AnalysisError, match="vocabularies of 61 and 62 tokens do not fit"):
+        compare(CheckpointModel(other, tokenizer_of(True)))
+    with pytest.raises(AnalysisError, match="the text is other tokens to either model"):
+        compare(CheckpointModel(uniform, tokenizer_of(False)))
+    short = tiny_model("llama", max_position_embeddings=16)
+    with pytest.raises(AnalysisError, match=r"windows of 17 tokens .* give 2 to 16"):
+        compare(CheckpointModel(short, tokenizer_of(True)), length=17)
 
 
 def test_either_kind_of_directory_is_loaded(

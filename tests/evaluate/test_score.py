@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from echoatt_exporter import AnalysisError
-from echoatt_exporter.evaluate.score import TextScore, compare_scores, mean_interval
+from echoatt_exporter.evaluate.score import (
+    TextComparison,
+    TextScore,
+    compare_scores,
+    mean_interval,
+)
 
 
 def _score(nats: object, digest: str = "same") -> TextScore:
@@ -78,3 +83,15 @@ def test_what_is_hard_for_both_does_not_widen_the_ratio() -> None:
 def test_other_tokens_cannot_be_compared() -> None:
     with pytest.raises(AnalysisError, match=r"of different tokens \(3 and 2 of them\)"):
         compare_scores(_score([1, 2, 3]), _score([1, 2], "other"))
+
+
+def test_comparison_sums_up_its_tokens() -> None:
+    generator = np.random.default_rng(0)
+    model, reference = _score(generator.normal(3.1, 1.0, 400)), _score(np.full(400, 3.0))
+    divergence = generator.exponential(0.2, 400).astype(np.float32)
+    compared = TextComparison(model, reference, divergence, np.arange(400) % 4 > 0)
+    assert compared.kl == pytest.approx(divergence.mean(), rel=1e-6)
+    assert compared.kl_interval() == mean_interval(divergence)
+    assert compared.kl_interval(seed=1) == mean_interval(divergence, seed=1)
+    assert compared.top1_agreement == 0.75
+    assert compared.ratio() == compare_scores(model, reference)

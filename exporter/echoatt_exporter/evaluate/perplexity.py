@@ -1,7 +1,6 @@
-"""Losses of a text's tokens with a sliding window.
+"""Losses of a text's tokens with a sliding window, of one model or of two in lockstep.
 
-Shapes in names: B windows at once, T tokens of a window, E hidden size, R rows (scored tokens) at
-once, V vocabulary.
+Shapes in names: N scored tokens, R rows (scored tokens) at once, K numbers a token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,40 +8,60 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import AnalysisError, TextError
-from echoatt_exporter.evaluate.score import (
-    Interval,
-    ScoreRatio,
-    TextScore,
-    compare_scores,
-    mean_interval,
-)
-from echoatt_exporter.share.lm_head import head_of
-from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
+from echoatt_exporter.evaluate.divergence import next_token_divergence, same_top_token
+from echoatt_exporter.evaluate.models import TextModel, WindowBatch
+from echoatt_exporter.evaluate.score import TextComparison, TextScore
 from echoatt_exporter.texts import Text, encode_texts, leading_tokens
-
-__all__ = [
-    "Interval",
-    "ScoreRatio",
-    "TextScore",
-    "compare_scores",
-    "mean_interval",
-    "score_documents",
-]
+from echoatt_runtime.generate import PREFILL_CHUNK
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements
-_LOGITS_AT_ONCE = 1 << 22
+_LOGITS_AT_ONCE = 1 << 23
 
 OnProgress = Callable[[int, int], None]
+# From every model's logits [R, V], and the tokens that came [R], to K numbers [R]
+_Measure = Callable[[Sequence[torch.Tensor], torch.Tensor], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tokens:
+    """Documents as a model's tokens.
+
+    Attributes:
+        lead: special tokens that open every window.
+        documents: the ids, int64 [tokens], of each document that has some to score.
+        skipped: tokens at the start of a document that are not scored.
+        bytes: of what is scored, UTF-8.
+    """
+
+    lead: list[int]
+    documents: list[NDArray[np.int64]]
+    skipped: int
+    bytes: int
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """The ids of all N tokens to score."""
+        return np.concatenate([document[self.skipped :] for document in self.documents])
+
+    @property
+    def origins(self) -> NDArray[np.int64]:
+        """Which of the N tokens each document's token 0 is, or would be if it were scored."""
+        ends = np.cumsum([len(document) - self.skipped for document in self.documents])
+        return np.array([0, *ends[:-1]], np.int64) - self.skipped
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the scored tokens' ids."""
+        return hashlib.sha256(self.scored.astype("<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +74,9 @@ class _Window:
     end: int
 
 
-@torch.no_grad()
 def score_documents(
-    model: PreTrainedModel,
+    model: TextModel,
     documents: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
     stride: int,
@@ -76,9 +93,8 @@ def score_documents(
     it and is not scored, nor are its bytes counted.
 
     Args:
-        model: a teacher or a student, in evaluation mode, on any device.
+        model: what is scored, with its tokenizer.
         documents: the texts.
-        tokenizer: the model's own.
         length: tokens in a window, at most the model's context.
         stride: new tokens a window.
         batch_size: windows run at once; logits are made for some thousand of their tokens at once.
@@ -90,78 +106,101 @@ def score_documents(
             loss that is not a number.
         TextError: there is no token to score.
     """
-    architecture = architecture_of(model.config.get_text_config())
-    lead = leading_tokens(tokenizer)
-    _check(architecture, len(lead), length, stride, batch_size, max_tokens)
-    skipped = 0 if lead else 1
-    rows, size = _encode(documents, tokenizer, skipped, max_tokens)
-    if (highest := max(int(row.max()) for row in rows)) >= architecture.vocab_size:
-        raise AnalysisError(
-            f"token id {highest} is outside the model's vocabulary of {architecture.vocab_size};"
-            " use the model's own tokenizer"
-        )
-    starts = np.cumsum([0, *(len(row) - skipped for row in rows)])
-    windows = [
-        window
-        for index, row in enumerate(rows)
-        for window in _windows(index, len(row), skipped, length - len(lead), stride)
-    ]
-    windows.sort(key=lambda window: window.begin - window.end)  # long ones first: little padding
-    nats = np.empty(starts[-1], dtype=np.float32)
-    done = 0
-    for at in range(0, len(windows), batch_size):
-        batch = windows[at : at + batch_size]
-        for window, losses in zip(batch, _losses(model, batch, rows, lead), strict=True):
-            start = starts[window.document] + window.first - skipped
-            nats[start : start + len(losses)] = losses
-            done += len(losses)
-        if on_progress is not None:
-            on_progress(done, len(nats))
-    if not np.isfinite(nats).all():
-        raise AnalysisError("the model's loss is not a number: it overflows; try float32")
-    scored = np.concatenate([row[skipped:].numpy() for row in rows])
-    return TextScore(nats, size, hashlib.sha256(scored.astype("<i8").tobytes()).hexdigest())
+    _check([model], batch_size, max_tokens)
+    tokens = _tokenise(documents, model.tokenizer, max_tokens)
+    (nats_N,) = _sweep([model], tokens, _losses, length, stride, batch_size, on_progress)
+    return TextScore(nats_N, tokens.bytes, tokens.digest)
 
 
-def _check(
-    architecture: DecoderArchitecture,
-    lead: int,
+def compare_documents(
+    model: TextModel,
+    reference: TextModel,
+    documents: Sequence[Text],
+    *,
     length: int,
     stride: int,
-    batch_size: int,
-    max_tokens: int | None,
-) -> None:
-    if not 2 <= length <= architecture.context_length:
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> TextComparison:
+    """Score two models in one pass, and hold their predictions of every token against each other.
+
+    Both run the windows of :func:`score_documents` in lockstep, so that both models' logits exist
+    for some thousand tokens at once, however long the text is.
+
+    Args:
+        model: what is judged: a student, or a quantised bundle.
+        reference: what it is held against: its teacher, or the bundle in fp32.
+        documents: the texts.
+        length: tokens in a window, at most either model's context.
+        stride: as in :func:`score_documents`, and so are the others.
+        batch_size: windows run at once.
+        max_tokens: stop after so many scored tokens.
+        on_progress: told (tokens scored, tokens to score).
+
+    Raises:
+        AnalysisError: as in :func:`score_documents`, or the models differ in their vocabulary or in
+            the tokens that the text is to them.
+        TextError: there is no token to score.
+    """
+    models = (model, reference)
+    _check(models, batch_size, max_tokens)
+    tokens, others = (_tokenise(documents, one.tokenizer, max_tokens) for one in models)
+    if (tokens.lead, tokens.digest) != (others.lead, others.digest):
+        raise AnalysisError(
+            "the text is other tokens to either model; compare models with the same tokenizer"
+        )
+    nats_N, reference_N, divergence_N, agreement_N = _sweep(
+        models, tokens, _comparisons, length, stride, batch_size, on_progress
+    )
+    return TextComparison(
+        TextScore(nats_N, tokens.bytes, tokens.digest),
+        TextScore(reference_N, tokens.bytes, tokens.digest),
+        divergence_N,
+        agreement_N.astype(np.bool_),
+    )
+
+
+def _check(models: Sequence[TextModel], batch_size: int, max_tokens: int | None) -> None:
+    for name, count in (("batch size", batch_size), ("maximum of tokens", max_tokens)):
+        if count is not None and count < 1:
+            raise AnalysisError(f"a {name} of {count} leaves nothing to do; give 1 or more")
+    sizes = [model.vocab_size for model in models]
+    if len(set(sizes)) > 1:
+        raise AnalysisError(
+            f"vocabularies of {' and '.join(map(str, sizes))} tokens do not fit together; compare"
+            " models with the same one"
+        )
+
+
+def _check_windows(models: Sequence[TextModel], tokens: _Tokens, length: int, stride: int) -> None:
+    context = min(model.context_length for model in models)
+    if not 2 <= length <= context:
         raise AnalysisError(
             f"windows of {length} tokens are outside what the model was made for; give 2 to"
-            f" {architecture.context_length}"
+            f" {context}"
         )
-    most = length - max(1, lead)
+    most = length - max(1, len(tokens.lead))
     if not 1 <= stride <= most:
         raise AnalysisError(
             f"a stride of {stride} tokens does not fit windows of {length}, in which a token needs"
             f" another before it; give 1 to {most}"
         )
-    for name, count in (("batch size", batch_size), ("maximum of tokens", max_tokens)):
-        if count is not None and count < 1:
-            raise AnalysisError(f"a {name} of {count} leaves nothing to do; give 1 or more")
+    highest = max(int(document.max()) for document in tokens.documents)
+    if highest >= models[0].vocab_size:
+        raise AnalysisError(
+            f"token id {highest} is outside the model's vocabulary of {models[0].vocab_size};"
+            " use the model's own tokenizer"
+        )
 
 
-def _encode(
-    documents: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase,
-    skipped: int,
-    max_tokens: int | None,
-) -> tuple[list[torch.Tensor], int]:
-    """Token ids [tokens] of each document that has some to score, and the bytes of these tokens.
-
-    Args:
-        documents: the texts.
-        tokenizer: the model's own.
-        skipped: tokens at the start of a document that are not scored.
-        max_tokens: to score.
-    """
-    rows: list[torch.Tensor] = []
+def _tokenise(
+    documents: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> _Tokens:
+    """The documents' tokens, as many of them as are to be scored."""
+    lead = leading_tokens(tokenizer)
+    skipped = 0 if lead else 1
+    rows: list[NDArray[np.int64]] = []
     size, left = 0, max_tokens
     for document in documents:
         if left == 0:
@@ -172,72 +211,97 @@ def _encode(
         if not len(scored):
             continue
         read = document.content if len(row) == len(whole) else _decode(tokenizer, row)
-        rows.append(row)
+        rows.append(row.numpy())
         size += len(read.encode()) - len(_decode(tokenizer, row[:skipped]).encode())
         left = None if left is None else left - len(scored)
     if not rows:
         raise TextError("no token to score: no document has two tokens; give longer texts")
-    return rows, size
+    return _Tokens(lead, rows, skipped, size)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, row: torch.Tensor) -> str:
     return cast(str, tokenizer.decode(row, clean_up_tokenization_spaces=False))
 
 
-def _windows(
-    document: int, tokens: int, skipped: int, width: int, stride: int
-) -> Iterator[_Window]:
-    """The windows of ``width`` tokens over a document, the first of them the shorter of the two."""
-    end = min(width, tokens)
-    yield _Window(document, 0, skipped, end)
-    while end < tokens:
-        first, end = end, min(end + stride, tokens)
-        yield _Window(document, end - width, first, end)
+def _windows(tokens: _Tokens, width: int, stride: int) -> Iterator[_Window]:
+    """The windows of ``width`` tokens over all documents, a document's first the shorter."""
+    for index, document in enumerate(tokens.documents):
+        end = min(width, len(document))
+        yield _Window(index, 0, tokens.skipped, end)
+        while end < len(document):
+            first, end = end, min(end + stride, len(document))
+            yield _Window(index, end - width, first, end)
 
 
-def _losses(
-    model: PreTrainedModel, batch: Sequence[_Window], rows: Sequence[torch.Tensor], lead: list[int]
-) -> Iterator[NDArray[np.float32]]:
-    """The losses [tokens] of each window's scored tokens."""
-    longest = max(window.end - window.begin for window in batch)
-    ids_BT = torch.zeros((len(batch), len(lead) + longest), dtype=torch.int64)
-    # the position whose output predicts a token is the one before it
-    scored_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for index, window in enumerate(batch):
-        tokens = torch.cat(
+def _sweep(
+    models: Sequence[TextModel],
+    tokens: _Tokens,
+    measure: _Measure,
+    length: int,
+    stride: int,
+    batch_size: int,
+    on_progress: OnProgress | None,
+) -> NDArray[np.float32]:
+    """What is measured of every scored token, in the order of the text: [K, N]."""
+    _check_windows(models, tokens, length, stride)
+    windows = list(_windows(tokens, length - len(tokens.lead), stride))
+    windows.sort(key=lambda window: window.begin - window.end)  # long ones first: little padding
+    chunk = max(1, min(PREFILL_CHUNK, _LOGITS_AT_ONCE // (batch_size * models[0].vocab_size)))
+    scored_N = tokens.scored
+    places: list[NDArray[np.int64]] = []
+    measured: list[NDArray[np.float32]] = []
+    done = 0
+    for at in range(0, len(windows), batch_size):
+        for place_R, logits in _run(models, tokens, windows[at : at + batch_size], chunk):
+            target_R = torch.from_numpy(scored_N[place_R]).to(logits[0].device)
+            numbers = [number_R.float() for number_R in measure(logits, target_R)]
+            places.append(place_R)
+            measured.append(torch.stack(numbers).cpu().numpy())
+            done += len(place_R)
+        if on_progress is not None:
+            on_progress(done, len(scored_N))
+    values_KN = np.empty((len(measured[0]), len(scored_N)), np.float32)
+    values_KN[:, np.concatenate(places)] = np.concatenate(measured, axis=1)
+    if not np.isfinite(values_KN).all():
+        raise AnalysisError("the model's loss is not a number: it overflows; try float32")
+    return values_KN
+
+
+def _run(
+    models: Sequence[TextModel], tokens: _Tokens, windows: Sequence[_Window], chunk: int
+) -> Iterator[tuple[NDArray[np.int64], list[torch.Tensor]]]:
+    """For some scored tokens after others, which of the N they are, and all models' logits."""
+    lead = tokens.lead
+    # A token is predicted at the position before it, and a window's last one is only predicted
+    batch = WindowBatch(
+        [[*lead, *tokens.documents[w.document][w.begin : w.end - 1].tolist()] for w in windows],
+        [len(lead) + w.first - w.begin - 1 for w in windows],
+        chunk,
+    )
+    # Which of the N the token that is predicted at position 0 would be
+    starts = tokens.origins
+    origins = [starts[w.document] + w.begin + 1 - len(lead) for w in windows]
+    streams = [model.logits(batch) for model in models]
+    for wanted, *logits in zip(batch.wanted(), *streams, strict=True):
+        place_R = np.concatenate(
             [
-                torch.tensor(lead, dtype=torch.int64),
-                rows[window.document][window.begin : window.end],
+                np.arange(positions.start, positions.stop) + origin
+                for positions, origin in zip(wanted, origins, strict=True)
             ]
         )
-        # What stands after a token does not reach it: padding needs no mask
-        ids_BT[index, : len(tokens)] = tokens
-        first = len(lead) + window.first - window.begin
-        scored_BT[index, first - 1 : len(tokens) - 1] = True
-    device = model.device
-    decoder, hidden_BTE = _hidden_states(model, ids_BT.to(device))
-    hidden_RE = hidden_BTE[scored_BT.to(device)]
-    target_R = ids_BT.roll(-1, dims=1)[scored_BT].to(device)
-    at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
-    parts = zip(torch.split(hidden_RE, at_once), torch.split(target_R, at_once), strict=True)
-    head = head_of(decoder)
-    losses = [
-        F.cross_entropy(head(part_RE[None])[0].float(), target, reduction="none").cpu()
-        for part_RE, target in parts
+        yield place_R, [logits_RV.to(logits[0].device) for logits_RV in logits]
+
+
+def _losses(logits: Sequence[torch.Tensor], target_R: torch.Tensor) -> list[torch.Tensor]:
+    """Each model's loss."""
+    return [F.cross_entropy(logits_RV, target_R, reduction="none") for logits_RV in logits]
+
+
+def _comparisons(logits: Sequence[torch.Tensor], target_R: torch.Tensor) -> list[torch.Tensor]:
+    """Both models' losses, how far the first is from the second, and 1 where their tops agree."""
+    model_RV, reference_RV = logits
+    return [
+        *_losses(logits, target_R),
+        next_token_divergence(reference_RV, model_RV),
+        same_top_token(reference_RV, model_RV),
     ]
-    counts = [window.end - window.first for window in batch]
-    for part in torch.split(torch.cat(losses), counts):
-        yield part.numpy()
-
-
-def _hidden_states(
-    model: PreTrainedModel, ids_BT: torch.Tensor
-) -> tuple[PreTrainedModel, torch.Tensor]:
-    """The decoder that has the LM head, and its output [B, T, E] after its last norm."""
-    decoder, arguments = model, dict[str, Any]()
-    if isinstance(model, EchoAttForCausalLM):
-        decoder = model.decoder
-        arguments["shared_attention"] = MaterializedAttention(model.sources)
-    body = getattr(decoder, decoder.base_model_prefix)
-    output = body(input_ids=ids_BT, use_cache=False, **arguments)
-    return decoder, output.last_hidden_state

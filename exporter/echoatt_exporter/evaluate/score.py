@@ -1,4 +1,4 @@
-"""What a model's losses on a text come to, and how sure that is."""
+"""What models' losses on a text come to, and how sure that is."""
 
 from __future__ import annotations
 
@@ -124,3 +124,39 @@ def compare_scores(score: TextScore, reference: TextScore, *, seed: int = 0) -> 
     difference = score.nats.astype(np.float64) - reference.nats
     interval = mean_interval(difference, seed=seed)
     return ScoreRatio(math.exp(difference.mean()), Interval(*map(math.exp, interval)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextComparison:
+    """What two models predict of the same tokens.
+
+    Attributes:
+        score: the model's losses.
+        reference: the losses of what it is held against.
+        divergence: KL(reference ‖ model) of the next token's distribution where each scored token
+            is predicted, in nats, float32 [tokens].
+        agreement: whether both find the same token most probable there, bool [tokens].
+    """
+
+    score: TextScore
+    reference: TextScore
+    divergence: NDArray[np.float32]
+    agreement: NDArray[np.bool_]
+
+    @property
+    def kl(self) -> float:
+        """The mean divergence, nats a token."""
+        return float(self.divergence.mean(dtype=np.float64))
+
+    def kl_interval(self, *, seed: int = 0) -> Interval:
+        """The 95 % confidence interval of :attr:`kl`, as :func:`mean_interval` makes it."""
+        return mean_interval(self.divergence, seed=seed)
+
+    @property
+    def top1_agreement(self) -> float:
+        """The share of tokens where both find the same one most probable."""
+        return float(self.agreement.mean())
+
+    def ratio(self, *, seed: int = 0) -> ScoreRatio:
+        """The model's perplexity over the reference's, as :func:`compare_scores` makes it."""
+        return compare_scores(self.score, self.reference, seed=seed)

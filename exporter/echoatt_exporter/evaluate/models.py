@@ -1,0 +1,224 @@
+"""What gives the logits that text is scored with: a checkpoint run by PyTorch, or a bundle.
+
+Shapes in names: B windows at once, T tokens of the longest window, n wanted positions of a window,
+E hidden size, R rows (wanted positions of all windows) at once, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.errors import AnalysisError, CheckpointError
+from echoatt_exporter.share.checkpoint import load_model
+from echoatt_exporter.share.lm_head import head_of
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
+from echoatt_exporter.share.unfit_checkpoints import CONFIG
+from echoatt_exporter.texts import load_tokenizer
+from echoatt_runtime.errors import DamagedBundleError
+from echoatt_runtime.generate import iter_chunks, run_chunk
+from echoatt_runtime.kv_cache import bucket_capacity
+from echoatt_runtime.session import MODEL_FILE, Session, open_session
+from echoatt_runtime.tokenizer import TOKENIZER_FILE
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBatch:
+    """Windows of text to run together, each by itself.
+
+    Attributes:
+        windows: the token ids of each, of any lengths but 0.
+        firsts: of each, the first position whose logits are wanted; so are those of all after it.
+        chunk: positions of every window whose logits are made at once.
+    """
+
+    windows: Sequence[Sequence[int]]
+    firsts: Sequence[int]
+    chunk: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window."""
+        return max(map(len, self.windows))
+
+    def wanted(self) -> Iterator[list[range]]:
+        """Of one chunk after another, the wanted positions of each window in it, often none."""
+        for start in range(0, self.longest, self.chunk):
+            stop = start + self.chunk
+            yield [
+                range(max(first, start), min(len(window), stop))
+                for window, first in zip(self.windows, self.firsts, strict=True)
+            ]
+
+
+class TextModel(Protocol):
+    """A model whose predictions of text can be scored."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its own tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of its logits."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that it was made for."""
+
+    def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
+        """Run windows.
+
+        Yields:
+            For each chunk the logits [R, V], float32, of ``batch.wanted()``, window by window. R
+            may be 0.
+        """
+
+
+class CheckpointModel:
+    """A teacher or a student, run by PyTorch.
+
+    Attributes:
+        model: in evaluation mode, on any device.
+        tokenizer: its own.
+        vocab_size: width of its logits.
+        context_length: the most tokens that it was made for.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        architecture = architecture_of(model.config.get_text_config())
+        self.model = model
+        self.tokenizer = tokenizer
+        self.vocab_size = architecture.vocab_size
+        self.context_length = architecture.context_length
+
+    @torch.no_grad()
+    def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
+        """See :meth:`TextModel.logits`."""
+        # What stands after a token does not reach it: padding needs no mask
+        ids_BT = torch.zeros((len(batch.windows), batch.longest), dtype=torch.int64)
+        for row, window in enumerate(batch.windows):
+            ids_BT[row, : len(window)] = torch.tensor(window)
+        decoder, hidden_BTE = self._hidden_states(ids_BT.to(self.model.device))
+        head = head_of(decoder)
+        for wanted in batch.wanted():
+            hidden_RE = torch.cat(
+                [
+                    hidden_TE[positions.start : positions.stop]
+                    for hidden_TE, positions in zip(hidden_BTE, wanted, strict=True)
+                ]
+            )
+            yield head(hidden_RE[None])[0].float()
+
+    def _hidden_states(self, ids_BT: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
+        """The decoder that has the LM head, and its output [B, T, E] after its last norm."""
+        decoder, arguments = self.model, dict[str, Any]()
+        if isinstance(self.model, EchoAttForCausalLM):
+            decoder = self.model.decoder
+            arguments["shared_attention"] = MaterializedAttention(self.model.sources)
+        body = getattr(decoder, decoder.base_model_prefix)
+        output = body(input_ids=ids_BT, use_cache=False, **arguments)
+        return decoder, output.last_hidden_state
+
+
+class BundleModel:
+    """A bundle, run by the runtime.
+
+    Attributes:
+        session: the opened bundle.
+        tokenizer: the one beside it.
+        vocab_size: width of its logits.
+        context_length: the most tokens that it was made for.
+    """
+
+    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.vocab_size = session.manifest.vocab_size
+        self.context_length = session.manifest.context_length
+
+    def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
+        """See :meth:`TextModel.logits`."""
+        session = self.session
+        # As in generation: a small cache that grows costs least, but on a device growing costs most
+        first = min(batch.chunk, batch.longest) if session.device == "cpu" else batch.longest
+        cache = session.new_cache(len(batch.windows), bucket_capacity(first, self.context_length))
+        chunks = iter_chunks(batch.windows, batch.chunk)
+        for chunk, wanted in zip(chunks, batch.wanted(), strict=True):
+            indices_Bn = np.zeros((len(wanted), max(1, *map(len, wanted))), np.int64)
+            for row, positions in enumerate(wanted):
+                indices_Bn[row, : len(positions)] = positions
+                indices_Bn[row, : len(positions)] -= chunk.past_lengths[row]
+            logits_BnV = run_chunk(session, cache, chunk, indices_Bn)
+            rows = zip(logits_BnV, wanted, strict=True)
+            yield torch.from_numpy(
+                np.concatenate([logits_nV[: len(positions)] for logits_nV, positions in rows])
+            )
+
+
+def open_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> TextModel:
+    """Load what lies at a path, with its tokenizer.
+
+    Args:
+        path: a teacher's or student's directory, or a bundle: a file, or a directory with
+            ``model.onnx``.
+        device: where PyTorch computes, or ``cpu`` or ``cuda`` for a bundle.
+        dtype: what PyTorch computes in; None for that of the weights. A bundle has its own.
+        threads: CPU threads of a bundle; None leaves it to ONNX Runtime. PyTorch's are the whole
+            process's (``torch.set_num_threads``).
+        trust_remote_code: run code that a checkpoint brings.
+
+    Raises:
+        CheckpointError: neither is there, or the checkpoint or its tokenizer cannot be loaded.
+        UnsupportedModelError: the checkpoint is of another family.
+        BundleError: the bundle cannot be used, or has no tokenizer beside it.
+        DeviceError: the bundle cannot run on the device.
+        AnalysisError: PyTorch cannot compute on the device.
+    """
+    path = Path(path)
+    if path.is_file() or (path / MODEL_FILE).is_file():
+        return _open_bundle(path, device, threads)
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: no model; give a Hugging Face directory (with {CONFIG}), or a bundle (an"
+            f" .onnx file, or a directory with {MODEL_FILE})"
+        )
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.to(_torch_device(device))
+    return CheckpointModel(model, tokenizer)
+
+
+def _open_bundle(path: Path, device: str, threads: int | None) -> BundleModel:
+    session = open_session(path, device, threads)
+    directory = session.path.parent
+    # transformers would make an empty tokenizer of some families where there is none
+    if not (directory / TOKENIZER_FILE).is_file():
+        raise DamagedBundleError(
+            f"{session.path} has no {TOKENIZER_FILE} beside it; text needs one: copy it there from"
+            " the checkpoint"
+        )
+    return BundleModel(session, load_tokenizer(directory))
+
+
+def _torch_device(name: str) -> Any:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise AnalysisError(
+            f"torch cannot compute on {name!r} here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
