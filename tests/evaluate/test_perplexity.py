@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from echoatt_exporter import AnalysisError, EchoAttForCausalLM, TextError, share_attention
 from echoatt_exporter.evaluate.models import CheckpointModel
@@ -165,8 +166,13 @@ def test_models_that_cannot_be_held_against_each_other_are_refused(
     other = tiny_model("llama", vocab_size=62)
     with pytest.raises(AnalysisError, match="vocabularies of 61 and 62 tokens do not fit"):
         compare(CheckpointModel(other, tokenizer_of(True)))
-    with pytest.raises(AnalysisError, match="the text is other tokens to either model"):
-        compare(CheckpointModel(uniform, tokenizer_of(False)))
+    other_lead = tokenizer_of(True)
+    other_lead.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w9 $A", special_tokens=[("w9", 9)]
+    )
+    for tokenizer in (tokenizer_of(False), other_lead):
+        with pytest.raises(AnalysisError, match="the text is other tokens to either model"):
+            compare(CheckpointModel(uniform, tokenizer))
     short = tiny_model("llama", max_position_embeddings=16)
     with pytest.raises(AnalysisError, match=r"windows of 17 tokens .* give 2 to 16"):
         compare(CheckpointModel(short, tokenizer_of(True)), length=17)

@@ -180,7 +180,7 @@ def open_model(
         dtype: what PyTorch computes in; None for that of the weights. A bundle has its own.
         threads: CPU threads of a bundle; None leaves it to ONNX Runtime. PyTorch's are the whole
             process's (``torch.set_num_threads``).
-        trust_remote_code: run code that a checkpoint brings.
+        trust_remote_code: run code that a checkpoint or a tokenizer brings.
 
     Raises:
         CheckpointError: neither is there, or the checkpoint or its tokenizer cannot be loaded.
@@ -191,7 +191,7 @@ def open_model(
     """
     path = Path(path)
     if path.is_file() or (path / MODEL_FILE).is_file():
-        return _open_bundle(path, device, threads)
+        return _open_bundle(path, device, threads, trust_remote_code)
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: no model; give a Hugging Face directory (with {CONFIG}), or a bundle (an"
@@ -203,7 +203,9 @@ def open_model(
     return CheckpointModel(model, tokenizer)
 
 
-def _open_bundle(path: Path, device: str, threads: int | None) -> BundleModel:
+def _open_bundle(
+    path: Path, device: str, threads: int | None, trust_remote_code: bool
+) -> BundleModel:
     session = open_session(path, device, threads)
     directory = session.path.parent
     # transformers would make an empty tokenizer of some families where there is none
@@ -212,7 +214,8 @@ def _open_bundle(path: Path, device: str, threads: int | None) -> BundleModel:
             f"{session.path} has no {TOKENIZER_FILE} beside it; text needs one: copy it there from"
             " the checkpoint"
         )
-    return BundleModel(session, load_tokenizer(directory))
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    return BundleModel(session, tokenizer)
 
 
 def _torch_device(name: str) -> Any:
