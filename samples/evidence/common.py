@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 # The context that the teacher was trained at
 LENGTH = 256
 RATIOS = (0.25, 5 / 12, 0.75)
+PACKAGES = ("torch", "transformers", "numpy")
 # Of each held-out book, so that long ones do not outweigh the others
 _VALID_CHARACTERS = 50_000
 
@@ -65,11 +66,11 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:.0f} %"
 
 
-def provenance() -> str:
+def provenance(packages: Sequence[str] = PACKAGES) -> str:
     """The command, the day, the versions and the machine, as a line below a table."""
-    packages = ("torch", "transformers", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    command = f"python -m samples.evidence.{Path(sys.argv[0]).stem}"
+    script = Path(sys.argv[0])
+    command = f"python -m samples.{script.parent.name}.{script.stem}"
     return (
         f"`{command}`, {dt.datetime.now(dt.UTC):%Y-%m-%d}; Python {platform.python_version()},"
         f" {versions}; {_processor()}, {os.cpu_count()} cores"
@@ -91,10 +92,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def publish(results: Path, name: str, data: Any, markdown: str) -> None:
+def publish(
+    results: Path, name: str, data: Any, markdown: str, packages: Sequence[str] = PACKAGES
+) -> None:
     """Write ``name.json`` and ``name.md``, and print the latter."""
     results.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown}\n\n{provenance()}\n"
+    text = f"{markdown}\n\n{provenance(packages)}\n"
     (results / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (results / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
