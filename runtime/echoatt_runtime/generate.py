@@ -17,7 +17,8 @@ from echoatt_runtime.errors import ContextOverflowError, PromptError
 from echoatt_runtime.kv_cache import KVCache, bucket_capacity
 from echoatt_runtime.results import FinishReason, GenerationResult, TextPiece, Timings
 from echoatt_runtime.sampling import Sampler, SamplingParams
-from echoatt_runtime.session import Integers, Logits, Session
+from echoatt_runtime.session import Session
+from echoatt_runtime.step_buffers import Integers, Logits
 from echoatt_runtime.text_stream import Detokenizer, StopMatcher
 from echoatt_runtime.tokenizer import TextTokenizer
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from echoatt_runtime.devices import import_onnxruntime
 from echoatt_runtime.errors import ContextOverflowError
 from echoatt_runtime.manifest import Manifest, capacity_axis
+from echoatt_runtime.step_buffers import StepBuffers
 
 BUCKET: Final = 256
 # A values' row is as long as the capacity. Rows a multiple of 4 KB apart fall into the same few
@@ -96,6 +97,7 @@ class KVCache:
         batch: Rows.
         capacity: Tokens that each row has room for.
         binding: ONNX Runtime's IO binding in which the caches are bound.
+        step_buffers: What else is bound in it, where it stays so for the next decoding step.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class KVCache:
         self.batch = batch
         self.capacity = capacity
         self.binding = ort_session.io_binding()
+        self.step_buffers: StepBuffers | None = None
         self._names = list(zip(manifest.past_names, manifest.present_names, strict=True))
         self._buffers = [self._allocate(self._zeros(past)) for past, _ in self._names]
         for index in range(len(self._names)):

@@ -196,15 +196,18 @@ class Sampler:
             NumericalError: The logits are NaN or infinite.
         """
         params = self._params
-        if not np.isfinite(logits_V.max()):
+        # NaN is the largest of all to argmax
+        largest = int(logits_V.argmax())
+        if not math.isfinite(logits_V[largest]):
             raise NumericalError(
                 f"the logits after {len(token_ids)} tokens are not finite; "
                 "the bundle's dtype overflows: export with a wider --dtype"
             )
         if params.repetition_penalty != 1:
             logits_V = apply_repetition_penalty(logits_V, token_ids, params.repetition_penalty)
+            largest = int(logits_V.argmax())
         if params.temperature == 0:
-            return int(logits_V.argmax())
+            return largest
         logits_V = apply_temperature(logits_V, params.temperature)
         if params.top_k:
             logits_V = keep_top_k(logits_V, params.top_k)

@@ -8,19 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-
 from echoatt_runtime._onnx_metadata import read_metadata
 from echoatt_runtime.devices import check_device, create_ort_session
 from echoatt_runtime.errors import BundleNotFoundError, ContextOverflowError, DamagedBundleError
 from echoatt_runtime.kv_cache import KVCache
 from echoatt_runtime.manifest import INPUT_IDS, LOGITS, LOGITS_INDICES, PAST_LENGTHS, Manifest
+from echoatt_runtime.step_buffers import Integers, Logits, StepBuffers
 
 MODEL_FILE: Final = "model.onnx"
-
-Integers = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 _TENSOR_TYPES: Final = {
     "float32": "tensor(float)",
@@ -80,19 +75,15 @@ class Session:
             raise ContextOverflowError(
                 f"{needed} tokens do not fit a cache of {cache.capacity}; call its reserve first"
             )
-        binding = cache.binding
-        feeds = (
-            (INPUT_IDS, token_ids),
-            (PAST_LENGTHS, past_lengths),
-            (LOGITS_INDICES, logits_indices),
-        )
-        for name, array in feeds:
-            binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
-        shape = (batch, logits_indices.shape[1], self.manifest.vocab_size)
-        logits = np.empty(shape, np.float32)
-        binding.bind_output(LOGITS, "cpu", 0, np.float32, shape, logits.ctypes.data)
-        self._ort_session.run_with_iobinding(binding)
-        return logits
+        buffers = cache.step_buffers
+        if buffers is None or not buffers.fit(token_ids, logits_indices):
+            wanted, vocab_size = logits_indices.shape[1], self.manifest.vocab_size
+            buffers = StepBuffers(cache.binding, batch, new_tokens, wanted, vocab_size)
+            # Only decoding comes back with the same shapes, and its logits are small to copy
+            cache.step_buffers = buffers if new_tokens == 1 else None
+        buffers.fill(token_ids, past_lengths, logits_indices)
+        self._ort_session.run_with_iobinding(cache.binding)
+        return buffers.logits if cache.step_buffers is None else buffers.logits.copy()
 
 
 def open_session(path: str | Path, device: str = "cpu", threads: int | None = None) -> Session:

@@ -16,7 +16,7 @@ import numpy as np
 
 from echoatt_runtime.kv_cache import BUCKET
 from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import Integers
+from echoatt_runtime.step_buffers import Integers
 from echoatt_runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914

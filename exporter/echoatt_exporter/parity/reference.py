@@ -27,7 +27,7 @@ from echoatt_exporter.share.modeling_echoatt import (
 )
 from echoatt_runtime.errors import NumericalError
 from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import Integers
+from echoatt_runtime.step_buffers import Integers
 
 Floats = npt.NDArray[np.float32]
 
