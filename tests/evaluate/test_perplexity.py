@@ -13,9 +13,10 @@ import torch
 from tokenizers import processors
 
 from echoatt_exporter import AnalysisError, EchoAttForCausalLM, TextError, share_attention
+from echoatt_exporter.evaluate import perplexity
 from echoatt_exporter.evaluate.models import CheckpointModel
 from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
-from echoatt_exporter.evaluate.score import TextScore
+from echoatt_exporter.evaluate.score import TextComparison, TextScore
 from echoatt_exporter.share.checkpoint import load_model
 from echoatt_exporter.texts import Text
 
@@ -82,6 +83,25 @@ def test_every_token_once_with_the_context_that_its_window_gives(
     assert score.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
     assert told[-1] == (score.tokens, score.tokens)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_parts_that_logits_are_made_and_measured_in_do_not_show(
+    tiny_model: Models, plan_for: Models, tokenizer_of: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare() -> TextComparison:
+        models = (student, CheckpointModel(tiny_model("llama"), tokenizer_of(True)))
+        return compare_documents(*models, _documents(), length=LENGTH, stride=STRIDE)
+
+    shared = share_attention(tiny_model("llama"), plan_for("llama"))
+    student = CheckpointModel(shared, tokenizer_of(True))
+    whole = compare()
+    monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", 8 * 61 * 3)
+    monkeypatch.setattr(perplexity, "_MEASURED_AT_ONCE", 61 * 5)
+    cut = compare()
+    np.testing.assert_allclose(cut.score.nats, whole.score.nats, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(cut.reference.nats, whole.reference.nats, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(cut.divergence, whole.divergence, rtol=0, atol=1e-5)
+    assert cut.agreement.tolist() == whole.agreement.tolist()
 
 
 @pytest.fixture

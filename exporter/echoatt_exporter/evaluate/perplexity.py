@@ -25,6 +25,8 @@ from echoatt_runtime.generate import PREFILL_CHUNK
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements
 _LOGITS_AT_ONCE = 1 << 23
+# And measured in smaller parts, whose float64 tables stay in the processor's reach
+_MEASURED_AT_ONCE = 1 << 20
 
 OnProgress = Callable[[int, int], None]
 # From every model's logits [R, V], and the tokens that came [R], to K numbers [R]
@@ -108,7 +110,7 @@ def score_documents(
     """
     _check([model], batch_size, max_tokens)
     tokens = _tokenise(documents, model.tokenizer, max_tokens)
-    (nats_N,) = _sweep([model], tokens, _losses, length, stride, batch_size, on_progress)
+    (nats_N,) = _sweep([model], tokens, _losses, 1, length, stride, batch_size, on_progress)
     return TextScore(nats_N, tokens.bytes, tokens.digest)
 
 
@@ -151,7 +153,7 @@ def compare_documents(
             "the text is other tokens to either model; compare models with the same tokenizer"
         )
     nats_N, reference_N, divergence_N, agreement_N = _sweep(
-        models, tokens, _comparisons, length, stride, batch_size, on_progress
+        models, tokens, _comparisons, 4, length, stride, batch_size, on_progress
     )
     return TextComparison(
         TextScore(nats_N, tokens.bytes, tokens.digest),
@@ -237,6 +239,7 @@ def _sweep(
     models: Sequence[TextModel],
     tokens: _Tokens,
     measure: _Measure,
+    numbers: int,
     length: int,
     stride: int,
     batch_size: int,
@@ -246,22 +249,24 @@ def _sweep(
     _check_windows(models, tokens, length, stride)
     windows = list(_windows(tokens, length - len(tokens.lead), stride))
     windows.sort(key=lambda window: window.begin - window.end)  # long ones first: little padding
-    chunk = max(1, min(PREFILL_CHUNK, _LOGITS_AT_ONCE // (batch_size * models[0].vocab_size)))
+    vocab_size = models[0].vocab_size
+    chunk = max(1, min(PREFILL_CHUNK, _LOGITS_AT_ONCE // (batch_size * vocab_size)))
+    rows_at_once = max(1, _MEASURED_AT_ONCE // vocab_size)
     scored_N = tokens.scored
-    places: list[NDArray[np.int64]] = []
-    measured: list[NDArray[np.float32]] = []
+    # Made beforehand: small tables that outlive large ones keep malloc from reusing their place
+    values_KN = np.full((numbers, len(scored_N)), np.nan, np.float32)
     done = 0
     for at in range(0, len(windows), batch_size):
         for place_R, logits in _run(models, tokens, windows[at : at + batch_size], chunk):
-            target_R = torch.from_numpy(scored_N[place_R]).to(logits[0].device)
-            numbers = [number_R.float() for number_R in measure(logits, target_R)]
-            places.append(place_R)
-            measured.append(torch.stack(numbers).cpu().numpy())
+            for start in range(0, len(place_R), rows_at_once):
+                rows = slice(start, start + rows_at_once)
+                target_R = torch.from_numpy(scored_N[place_R[rows]]).to(logits[0].device)
+                found = measure([logits_RV[rows] for logits_RV in logits], target_R)
+                for value_N, value_R in zip(values_KN, found, strict=True):
+                    value_N[place_R[rows]] = value_R.cpu().numpy()
             done += len(place_R)
         if on_progress is not None:
             on_progress(done, len(scored_N))
-    values_KN = np.empty((len(measured[0]), len(scored_N)), np.float32)
-    values_KN[:, np.concatenate(places)] = np.concatenate(measured, axis=1)
     if not np.isfinite(values_KN).all():
         raise AnalysisError("the model's loss is not a number: it overflows; try float32")
     return values_KN
