@@ -62,13 +62,17 @@ def run_chunk(session: Session, cache: KVCache, chunk: Chunk, logits_indices: In
 
 
 def prefill(
-    session: Session, prompts: Sequence[Sequence[int]], chunk_size: int = PREFILL_CHUNK
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    chunk_size: int = PREFILL_CHUNK,
 ) -> tuple[KVCache, npt.NDArray[np.float32]]:
     """Runs whole prompts.
 
     Args:
         session: The bundle's session.
         prompts: Tokens of each prompt, at least one.
+        limit: Most tokens that a row will hold, the generated ones with it.
         chunk_size: Most tokens to run at once.
 
     Returns:
@@ -79,7 +83,7 @@ def prefill(
     # On the CPU attention pays for the whole buffer and growing is cheap, so it starts small; from
     # other devices growing goes through the host, so there is room for everything at once.
     first = min(longest, chunk_size) if session.device == "cpu" else longest
-    cache = session.new_cache(len(prompts), bucket_capacity(first, manifest.context_length))
+    cache = session.new_cache(len(prompts), bucket_capacity(first, limit), limit)
     next_logits = np.empty((len(prompts), manifest.vocab_size), np.float32)
     for chunk in iter_chunks(prompts, chunk_size):
         last = np.maximum(chunk.lengths - 1, 0)[:, None]
@@ -172,6 +176,7 @@ class BatchDecoder:
             _Row(index, prompt, limit, params)
             for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
+        self._limit = max(limits)
         self._cache: KVCache | None = None
         self._leaving: set[int] = set()
 
@@ -182,7 +187,9 @@ class BatchDecoder:
     def step(self) -> list[TokenStep]:
         """Generates the next token of every row at work; none at all when all have finished."""
         if self._cache is None:
-            self._cache, logits = prefill(self._session, self._prompts, self._chunk_size)
+            self._cache, logits = prefill(
+                self._session, self._prompts, self._limit, self._chunk_size
+            )
         else:
             self._remove_leaving(self._cache)
             if not self._rows:

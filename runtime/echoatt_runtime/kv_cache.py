@@ -21,8 +21,9 @@ from echoatt_runtime.step_buffers import StepBuffers
 
 BUCKET: Final = 256
 # A values' row is as long as the capacity. Rows a multiple of 4 KB apart fall into the same few
-# sets of a CPU's cache: a layer's context took 471 us at 4,096 tokens and 373 at 4,112.
-_ODD: Final = 16
+# sets of a CPU's cache: a layer's context took 471 us at 4,096 tokens and 373 at 4,112. Capacities
+# are multiples of this, a cache line, and never of a bucket.
+_LINE: Final = 16
 _LARGEST_STEP_FRACTION: Final = 16
 
 # ONNX element type numbers, and the numpy type that holds such an element on the host: numpy has
@@ -33,25 +34,28 @@ _HOST_TYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": 
 HostArray = npt.NDArray[Any]
 
 
-def bucket_capacity(tokens: int, context_length: int) -> int:
+def bucket_capacity(tokens: int, limit: int) -> int:
     """The capacity to allocate for `tokens` tokens.
 
     Steps are 256 tokens, because the graph reads a whole buffer at every step, and from 4,096
-    tokens a sixteenth, because growing copies a whole buffer. Capacities are 16 more than a
-    multiple of the bucket, and so never one of 1,024.
+    tokens a sixteenth, because growing copies a whole buffer; the last step ends at the limit.
+
+    Args:
+        tokens: That a row must have room for.
+        limit: Most tokens that a row will ever hold: the context, or less where that is known.
 
     Raises:
-        ContextOverflowError: More tokens than the context, rounded up to such a capacity.
+        ContextOverflowError: `tokens` is over the limit.
     """
-    largest = _round_up(context_length, BUCKET) + _ODD
+    largest = _round_up(limit, _LINE)
+    largest += _LINE if largest % BUCKET == 0 else 0
     if tokens > largest:
         raise ContextOverflowError(
-            f"a cache of {tokens} tokens does not fit the context of {context_length}; "
-            "shorten the prompt"
+            f"a cache of {tokens} tokens does not fit the limit of {limit}; shorten the prompt"
         )
-    even = max(1, tokens - _ODD)
+    even = max(1, tokens - _LINE)
     step = max(BUCKET, _round_up(even // _LARGEST_STEP_FRACTION, BUCKET))
-    return min(_round_up(even, step) + _ODD, largest)
+    return min(_round_up(even, step) + _LINE, largest)
 
 
 class HostBuffer:
@@ -96,18 +100,26 @@ class KVCache:
     Attributes:
         batch: Rows.
         capacity: Tokens that each row has room for.
+        limit: Most tokens that a row will ever hold, as in `bucket_capacity`.
         binding: ONNX Runtime's IO binding in which the caches are bound.
         step_buffers: What else is bound in it, where it stays so for the next decoding step.
     """
 
     def __init__(
-        self, ort_session: Any, manifest: Manifest, device: str, batch: int, capacity: int
+        self,
+        ort_session: Any,
+        manifest: Manifest,
+        device: str,
+        batch: int,
+        capacity: int,
+        limit: int,
     ) -> None:
         self._manifest = manifest
         self._device = device
         self._ort = import_onnxruntime()
         self.batch = batch
         self.capacity = capacity
+        self.limit = limit
         self.binding = ort_session.io_binding()
         self.step_buffers: StepBuffers | None = None
         self._names = list(zip(manifest.past_names, manifest.present_names, strict=True))
@@ -131,7 +143,7 @@ class KVCache:
             ContextOverflowError: As in `bucket_capacity`.
         """
         if tokens > self.capacity:
-            capacity = bucket_capacity(tokens, self._manifest.context_length)
+            capacity = bucket_capacity(tokens, self.limit)
             self._rebuild(range(self.batch), capacity, valid)
 
     def select(self, rows: Sequence[int], valid: int) -> None:

@@ -151,8 +151,8 @@ class EchoModel:
                 f"{len(token_ids)} tokens do not fit the context of {manifest.context_length}; "
                 "cut the text into windows"
             )
-        first = min(len(token_ids), self.prefill_chunk)
-        cache = self.session.new_cache(1, bucket_capacity(first, manifest.context_length))
+        first, limit = min(len(token_ids), self.prefill_chunk), len(token_ids)
+        cache = self.session.new_cache(1, bucket_capacity(first, limit), limit)
         logits_SV = np.empty((len(token_ids), manifest.vocab_size), np.float32)
         for chunk in iter_chunks([token_ids], self.prefill_chunk):
             start, length = int(chunk.past_lengths[0]), int(chunk.lengths[0])

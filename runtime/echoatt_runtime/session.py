@@ -11,6 +11,7 @@ from typing import Any, Final
 from echoatt_runtime._onnx_metadata import read_metadata
 from echoatt_runtime.devices import check_device, create_ort_session
 from echoatt_runtime.errors import BundleNotFoundError, ContextOverflowError, DamagedBundleError
+from echoatt_runtime.huge_pages import merge_pages_since, private_memory
 from echoatt_runtime.kv_cache import KVCache
 from echoatt_runtime.manifest import INPUT_IDS, LOGITS, LOGITS_INDICES, PAST_LENGTHS, Manifest
 from echoatt_runtime.step_buffers import Integers, Logits, StepBuffers
@@ -39,15 +40,18 @@ class Session:
         self.device = device
         self._ort_session = ort_session
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int, limit: int | None = None) -> KVCache:
         """Allocates zeroed caches.
 
         Args:
             batch: Rows.
             capacity: Tokens that each row has room for. `kv_cache.bucket_capacity` says what is
                 sensible; `KVCache.reserve` makes more room later.
+            limit: Most tokens that a row will ever hold; None stands for the context.
         """
-        return KVCache(self._ort_session, self.manifest, self.device, batch, capacity)
+        if limit is None:
+            limit = self.manifest.context_length
+        return KVCache(self._ort_session, self.manifest, self.device, batch, capacity, limit)
 
     def run(
         self, cache: KVCache, token_ids: Integers, past_lengths: Integers, logits_indices: Integers
@@ -107,7 +111,10 @@ def open_session(path: str | Path, device: str = "cpu", threads: int | None = No
     manifest = read_manifest(model_path)
     check_device(device, manifest.dtype, str(model_path))
     _check_weights(model_path, manifest)
+    before = private_memory()
     ort_session = create_ort_session(model_path, device, threads)
+    if device == "cpu":
+        merge_pages_since(before)
     _check_contract(model_path, manifest, ort_session)
     return Session(model_path, manifest, device, ort_session)
 

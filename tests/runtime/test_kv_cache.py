@@ -32,12 +32,14 @@ def test_growth_is_amortised():
     assert copied < 40 * 131_072
 
 
-def test_no_bucket_is_larger_than_the_context():
-    assert bucket_capacity(1, 100) == 272
-    assert bucket_capacity(600, 600) == 784
-    assert bucket_capacity(9000, 9000) == 9232
-    with pytest.raises(ContextOverflowError, match="785 tokens does not fit the context of 600"):
-        bucket_capacity(785, 600)
+def test_the_last_bucket_ends_at_the_limit():
+    assert bucket_capacity(1, 100) == 112
+    assert bucket_capacity(500, 600) == 528
+    assert bucket_capacity(529, 600) == 608
+    assert bucket_capacity(600, 600) == 608
+    assert bucket_capacity(1, 256) == 272  # never a multiple of 256
+    with pytest.raises(ContextOverflowError, match="609 tokens does not fit the limit of 600"):
+        bucket_capacity(609, 600)
 
 
 CACHES = ("0.key", "0.value", "1.key", "1.value", "2.value")
