@@ -128,11 +128,12 @@ class BundleEngine:
         return BatchDecoder(self._model.session, prompts, params, self._model.prefill_chunk)
 
     def _capacity(self) -> int:
-        return bucket_capacity(self._load.capacity, self._model.manifest.context_length)
+        return bucket_capacity(self._load.capacity, self._load.capacity)
 
     def _cache_at(self, tokens: int) -> KVCache:
         """A cache that holds so many tokens, with room for all that will be asked for."""
         if self._cache is not None and self._valid >= tokens - 1:
+            self._cache.limit = self._load.capacity
             self._cache.reserve(self._load.capacity, self._valid)
             return self._cache
         cache = self._model.session.new_cache(self._load.batch, self._capacity())

@@ -181,7 +181,7 @@ class BenchResults:
         data = dataclasses.asdict(self)
         data["format"] = FORMAT
         for engine in data["engines"]:
-            engine["path"] = str(engine["path"])
+            del engine["path"]  # of this machine, and of no use elsewhere
         for shown, point in zip(data["points"], self.points, strict=True):
             for entry, measured in zip(shown["measured"], point.measured, strict=True):
                 entry["floor_seconds"] = point.floor_seconds(measured)

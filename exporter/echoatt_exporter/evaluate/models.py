@@ -149,7 +149,8 @@ class BundleModel:
         session = self.session
         # As in generation: a small cache that grows costs least, but on a device growing costs most
         first = min(batch.chunk, batch.longest) if session.device == "cpu" else batch.longest
-        cache = session.new_cache(len(batch.windows), bucket_capacity(first, self.context_length))
+        capacity = bucket_capacity(first, batch.longest)
+        cache = session.new_cache(len(batch.windows), capacity, batch.longest)
         chunks = iter_chunks(batch.windows, batch.chunk)
         for chunk, wanted in zip(chunks, batch.wanted(), strict=True):
             indices_Bn = np.zeros((len(wanted), max(1, *map(len, wanted))), np.int64)
