@@ -186,7 +186,7 @@ def test_commands_can_be_pasted(report: AnalysisReport) -> None:
     assert share.plan == "out/it's/plan.json"
     assert (distill.teacher, distill.student, distill.out) == (model, student, healed)
     assert distill.text == ["<script>alert(1)</script>.txt", "two words.md"]
-    assert (evaluate.model_dir, evaluate.against) == (f"{healed}/student", model)
+    assert (evaluate.model, evaluate.against) == (f"{healed}/student", model)
     assert (export.model_dir, export.out) == (f"{healed}/student", f"{healed}.onnx")
 
 

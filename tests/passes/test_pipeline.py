@@ -86,8 +86,8 @@ def test_a_shared_bundle_loses_exactly_the_followers_weights(decoder, export, dt
     before, after = (GraphSize.of(export(tiny, plan, dtype)[0]) for plan in (None, PLAN))
     columns = (tiny.query_heads + tiny.kv_heads) * tiny.head_dim
     assert before.parameters - after.parameters == 2 * 32 * columns
-    # 32 rows are one block: its bits, a float32 scale, a byte of zero points
-    column_bytes = {"fp32": 32 * 4, "int8": 32 + 4 + 1, "int4": 16 + 4 + 1}[dtype]
+    # 32 rows are one block: its bits and a float32 scale
+    column_bytes = {"fp32": 32 * 4, "int8": 32 + 4, "int4": 16 + 4}[dtype]
     # The sizes of the followers' Splits go too, but the sources' Split has the same
     assert before.bytes - after.bytes == 2 * columns * column_bytes
 
