@@ -35,9 +35,12 @@ class Region(NamedTuple):
 
 def private_memory() -> frozenset[Region]:
     """The process's writable memory that belongs to no file; none where pages are not merged."""
-    if not _is_allowed():
+    try:
+        if sys.platform != "linux" or "[never]" in _SETTING.read_text(encoding="ascii"):
+            return frozenset()
+        return frozenset(_parse(_MAPS.read_text(encoding="utf-8", errors="replace")))
+    except OSError:  # a sandbox without /sys or /proc
         return frozenset()
-    return frozenset(_parse(_MAPS.read_text(encoding="utf-8", errors="replace")))
 
 
 def merge_pages_since(before: frozenset[Region]) -> threading.Thread | None:
@@ -58,13 +61,6 @@ def merge_pages_since(before: frozenset[Region]) -> threading.Thread | None:
     thread = threading.Thread(target=_merge, args=(whole,), name="echoatt-huge-pages", daemon=True)
     thread.start()
     return thread
-
-
-def _is_allowed() -> bool:
-    try:
-        return sys.platform == "linux" and "[never]" not in _SETTING.read_text(encoding="ascii")
-    except OSError:
-        return False
 
 
 def _parse(maps: str) -> list[Region]:

@@ -49,9 +49,7 @@ def memory():
     return make
 
 
-needs_linux = pytest.mark.skipif(
-    not huge_pages._is_allowed(), reason="this system does not merge pages"
-)
+needs_linux = pytest.mark.skipif(not private_memory(), reason="this system does not merge pages")
 
 
 def test_only_private_writable_memory_of_no_file_counts():
@@ -91,7 +89,11 @@ def test_a_system_that_says_never_is_obeyed(memory, tmp_path, monkeypatch):
     memory(96 * MB)
     assert private_memory() == frozenset()
     assert merge_pages_since(frozenset()) is None
-    monkeypatch.setattr(huge_pages, "_SETTING", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["_SETTING", "_MAPS"])
+def test_a_sandbox_without_the_kernels_files_is_none_either(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(huge_pages, name, tmp_path / "absent")
     assert private_memory() == frozenset()
 
 
