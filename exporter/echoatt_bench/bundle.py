@@ -118,6 +118,11 @@ class BundleEngine:
         """Most tokens of a prompt that run at once."""
         return self._model.prefill_chunk
 
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self._model.manifest.head_dim
+
     def _extend(self, steps: Sequence[TokenStep]) -> None:
         for row, step in zip(self._sequences, steps, strict=True):
             row.append(step.token_id)

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from echoatt_bench.bundle import BundleEngine
 from echoatt_bench.engine import Load, package
-from echoatt_runtime.kv_cache import BUCKET
 
 _WARM_UP: Final = 2
 _KERNEL: Final = "_kernel_time"
@@ -40,18 +39,18 @@ def profile_bundle(
     with tempfile.TemporaryDirectory(prefix="echoatt-profile-") as folder:
         engine = _profiled_engine(load, Path(folder) / "trace")
         engine.decode(context, runs)
-        chunk = min(engine.prefill_chunk, context)
+        chunk, head_dim = min(engine.prefill_chunk, context), engine.head_dim
         for _ in range(runs):
             engine.run_chunk(context - chunk, context)
         trace = Path(engine.end_profiling())
         events = json.loads(trace.read_text(encoding="utf-8"))
     by_run = list(runs_of(events))
     return [
-        {"phase": "decode", "tokens": 1, **summarise(by_run[_WARM_UP:runs])},
+        {"phase": "decode", "tokens": 1, **summarise(by_run[_WARM_UP:runs], head_dim)},
         {
             "phase": "prefill",
             "tokens": chunk,
-            **summarise(by_run[runs + _WARM_UP :]),
+            **summarise(by_run[runs + _WARM_UP :], head_dim),
         },
     ]
 
@@ -92,11 +91,12 @@ def runs_of(events: Sequence[Event]) -> Iterator[tuple[int, list[Event]]]:
         yield int(run["dur"]), [e for e in kernels if begin <= e["ts"] < end]
 
 
-def summarise(runs: Sequence[tuple[int, Sequence[Event]]]) -> dict[str, Any]:
+def summarise(runs: Sequence[tuple[int, Sequence[Event]]], head_dim: int) -> dict[str, Any]:
     """Medians over runs of the time by kind of operator.
 
     Args:
         runs: as :func:`runs_of` gives them, at least one.
+        head_dim: size of a head.
 
     Returns:
         ``microseconds`` of a run, ``outside`` the kernels, and ``operators``: name, kernels a run
@@ -107,7 +107,7 @@ def summarise(runs: Sequence[tuple[int, Sequence[Event]]]) -> dict[str, Any]:
     for _, kernels in runs:
         total: dict[str, float] = {}
         for event in kernels:
-            kind = operator_kind(event["args"])
+            kind = operator_kind(event["args"], head_dim)
             total[kind] = total.get(kind, 0.0) + event["dur"]
             counts[kind] = counts.get(kind, 0.0) + 1 / len(runs)
         sums.append(total)
@@ -127,11 +127,12 @@ def summarise(runs: Sequence[tuple[int, Sequence[Event]]]) -> dict[str, Any]:
     }
 
 
-def operator_kind(arguments: Mapping[str, Any]) -> str:
+def operator_kind(arguments: Mapping[str, Any], head_dim: int) -> str:
     """The operator, with matrix products told apart by what they multiply.
 
     Args:
         arguments: ``args`` of a kernel's event.
+        head_dim: size of a head.
     """
     name = str(arguments["op_name"])
     if "MatMul" not in name or name == "MatMulNBits":
@@ -139,6 +140,5 @@ def operator_kind(arguments: Mapping[str, Any]) -> str:
     shapes = [shape for entry in arguments["input_type_shape"] for shape in entry.values()]
     if len(shapes) < 2 or int(arguments["parameter_size"]) > 0:
         return f"{name} (weights)"
-    # A product runs over its first operand's last axis: for P·V it is the capacity, and for Q·K the
-    # size of a head, which is no larger than a bucket
-    return f"{name} (P·V)" if shapes[0][-1] > BUCKET else f"{name} (Q·K)"
+    # A product runs over its first operand's last axis: a head for Q·K, the capacity for P·V
+    return f"{name} (Q·K)" if shapes[0][-1] == head_dim else f"{name} (P·V)"

@@ -94,7 +94,8 @@ def _draw(runs: dict[Case, list[dict[str, float]]], path: Path) -> None:
     axis.axhline(1, color="#7f7f7f", linewidth=1)
     contexts: set[int] = set()
     for sharing, color in COLORS.items():
-        cases = [case for case in GOALS if case[:4] == ("decode", "int4", sharing, 1)]
+        row = ("decode", "int4", sharing, 1)
+        cases = [case for case in GOALS if case[:4] == row and case in runs]
         lowest = [min(ratio["median"] for ratio in runs[case]) for case in cases]
         x = [case.context for case in cases]
         label = "unshared" if sharing == "0%" else f"{sharing} of the layers follow"

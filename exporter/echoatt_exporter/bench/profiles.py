@@ -6,11 +6,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
 from typing import Any, Final
 
 from echoatt_exporter.bench.engines import EngineSpec
 from echoatt_exporter.bench.machine import this_machine
 from echoatt_exporter.bench.process import WorkerProcess
+from echoatt_exporter.bench.run import read_files_once
 from echoatt_exporter.errors import BenchError
 
 FORMAT: Final = "echoatt-profile/1"
@@ -65,6 +68,7 @@ def profile_bundles(
         BenchError: a context does not fit a bundle, or a bundle failed.
     """
     found = []
+    read_files_once(engines)
     for engine in engines:
         if max(contexts) >= engine.context_length - steps:
             raise BenchError(
@@ -104,7 +108,11 @@ def profiles_json(profiles: Sequence[Profile], command: str) -> str:
 def profiles_markdown(profiles: Sequence[Profile], command: str) -> str:
     """The profiles as tables."""
     machine = this_machine()
-    header = f"`{command}`\n\n- {machine.processor}, {machine.cores} cores, {machine.system}"
+    header = (
+        f"`{command}`\n\n- {datetime.now().astimezone().isoformat(timespec='seconds')},"
+        f" {machine.processor}, {machine.cores} cores, {machine.system}\n"
+        f"- EchoAtt {version('echoatt')}, ONNX Runtime {version('onnxruntime')}"
+    )
     return "\n\n".join([header, *(_markdown(profile) for profile in profiles)]) + "\n"
 
 

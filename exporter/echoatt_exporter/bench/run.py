@@ -54,8 +54,7 @@ def bench(
     """
     _check(engines, options)
     on_turn("reading the files once", 0, 1)
-    for path in {path for engine in engines for path in _files(engine)}:
-        _read_once(path)
+    read_files_once(engines)
     run = _Run(engines, options, on_turn)
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     points = [
@@ -115,11 +114,12 @@ def _files(engine: EngineSpec) -> list[Path]:
     return [path for path in (engine.path, weights) if path.is_file()]
 
 
-def _read_once(path: Path) -> None:
-    """Bring a file into the page cache, so that the first engine to load it pays no more."""
-    with path.open("rb", buffering=0) as file:
-        while file.read(_READ_BYTES):
-            pass
+def read_files_once(engines: Sequence[EngineSpec]) -> None:
+    """Bring what engines load into the page cache, so that the first to load it pays no more."""
+    for path in {path for engine in engines for path in _files(engine)}:
+        with path.open("rb", buffering=0) as file:
+            while file.read(_READ_BYTES):
+                pass
 
 
 class _Run:
