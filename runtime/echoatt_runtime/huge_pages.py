@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -55,7 +56,7 @@ def merge_pages_since(before: frozenset[Region]) -> threading.Thread | None:
     Returns:
         The thread at work, which nobody need wait for; None where there is too little to do.
     """
-    whole = [_whole_pages(region) for region in sorted(private_memory() - before)]
+    whole = [_whole_pages(region) for region in _beyond(private_memory(), before)]
     if sum(end - begin for begin, end in whole if end > begin) < _LEAST_BYTES:
         return None
     thread = threading.Thread(target=_merge, args=(whole,), name="echoatt-huge-pages", daemon=True)
@@ -73,6 +74,26 @@ def _parse(maps: str) -> list[Region]:
             begin, end = (int(address, 16) for address in addresses.split("-"))
             regions.append(Region(begin, end))
     return regions
+
+
+def _beyond(after: Iterable[Region], before: Iterable[Region]) -> list[Region]:
+    """What `after` covers and `before` does not.
+
+    Addresses are compared, and not regions as a whole: the kernel joins new memory to a region
+    that ends where it begins.
+    """
+    known = sorted(before)
+    new = []
+    for begin, end in sorted(after):
+        for known_begin, known_end in known:
+            if known_end <= begin or known_begin >= end:
+                continue
+            if known_begin > begin:
+                new.append(Region(begin, known_begin))
+            begin = known_end
+        if begin < end:
+            new.append(Region(begin, end))
+    return new
 
 
 def _whole_pages(region: Region) -> Region:

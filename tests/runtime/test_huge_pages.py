@@ -41,6 +41,8 @@ def memory():
 
     def make(size):
         area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Small pages whatever the system's setting, and no part of a neighbour
+        area.madvise(mmap.MADV_NOHUGEPAGE)
         for begin in range(0, size, MB):
             area[begin : begin + 8] = begin.to_bytes(8, "little")
         made.append(area)
@@ -56,6 +58,25 @@ def test_only_private_writable_memory_of_no_file_counts():
     assert huge_pages._parse(MAPS) == [
         Region(0x55D0C0000000, 0x55D0C0A00000),
         Region(0x7F0000000000, 0x7F0004000000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "new"),
+    [
+        ([(10, 20)], []),
+        ([(10, 20), (50, 60)], [(50, 60)]),
+        ([(10, 28)], [(20, 28)]),
+        ([(5, 25)], [(5, 10), (20, 25)]),
+        ([(5, 45)], [(5, 10), (20, 30), (40, 45)]),
+        ([(35, 38), (40, 41)], [(40, 41)]),
+        ([], []),
+    ],
+)
+def test_memory_joined_to_what_was_there_counts_for_its_own_part(after, new):
+    before = [Region(30, 40), Region(10, 20)]
+    assert huge_pages._beyond([Region(*one) for one in after], before) == [
+        Region(*one) for one in new
     ]
 
 
