@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
@@ -30,7 +32,27 @@ def _export_and_rewrite(checkpoint: Path, plan: SharingPlan, directory: Path) ->
     assert report.parity.passed
     rewrite = rewrite_bundle(unshared, rewritten, plan)
     assert_parity(checkpoint, rewritten, plan)
+    for model in (unshared, rewritten):
+        assert _computes_wanted_rows_only(model, plan.num_layers - 1)
     return rewritten, rewrite.parameters
+
+
+def _computes_wanted_rows_only(path: Path, layer: int) -> bool:
+    """Whether the layer's products behind its attention read looked-up rows."""
+    looked_up: set[str] = set()
+    found = []
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        if node.op_type == "GatherND" or looked_up & set(node.input):
+            looked_up |= set(filter(None, node.output))
+        weight = re.search(
+            rf"layers\.{layer}\.(?!.*\b(?:[qkv]_proj|qkv_proj|query_key_value)\b)"
+            r".*weight",
+            " ".join(node.input[1:]),
+        )
+        if node.op_type == "MatMul" and weight is not None:
+            found.append(node.input[0] in looked_up)
+    assert len(found) >= 3
+    return all(found)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

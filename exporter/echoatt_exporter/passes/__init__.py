@@ -6,6 +6,7 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.passes.gather_early import GatherEarly
 from echoatt_exporter.passes.join_decode import JoinDecode
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.pipeline import export_pipeline
@@ -22,6 +23,7 @@ __all__ = [
     "FuseRmsNorm",
     "FuseRotary",
     "FuseSkipRmsNorm",
+    "GatherEarly",
     "GraphSize",
     "JoinDecode",
     "PackProjections",

@@ -19,6 +19,7 @@ from echoatt_exporter.passes.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.passes.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.passes.fuse_rotary import FuseRotary
 from echoatt_exporter.passes.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.passes.gather_early import GatherEarly
 from echoatt_exporter.passes.join_decode import JoinDecode
 from echoatt_exporter.passes.pack_projections import PackProjections
 from echoatt_exporter.passes.quantize_weights import BITS, QuantizeWeights
@@ -112,6 +113,12 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
                 why="a tied LM head needs no copy; a quantised one has weights of its own",
             )
         )
+    steps.append(
+        PassStep(
+            transform=GatherEarly(),
+            why="after packing and fusing, so that it meets each product and norm in one form",
+        )
+    )
     if manifest.device == "cpu":
         steps.append(
             PassStep(
