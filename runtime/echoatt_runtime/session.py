@@ -111,9 +111,9 @@ def open_session(path: str | Path, device: str = "cpu", threads: int | None = No
     manifest = read_manifest(model_path)
     check_device(device, manifest.dtype, str(model_path))
     _check_weights(model_path, manifest)
-    before = private_memory()
+    before = private_memory() if device == "cpu" else None
     ort_session = create_ort_session(model_path, device, threads)
-    if device == "cpu":
+    if before is not None:
         merge_pages_since(before)
     _check_contract(model_path, manifest, ort_session)
     return Session(model_path, manifest, device, ort_session)

@@ -42,7 +42,7 @@ def _computes_wanted_rows_only(path: Path, layer: int) -> bool:
     looked_up: set[str] = set()
     found = []
     for node in onnx.load(path, load_external_data=False).graph.node:
-        if node.op_type == "GatherND" or looked_up & set(node.input):
+        if node.op_type == "GatherElements" or looked_up & set(node.input):
             looked_up |= set(filter(None, node.output))
         weight = re.search(
             rf"layers\.{layer}\.(?!.*\b(?:[qkv]_proj|qkv_proj|query_key_value)\b)"

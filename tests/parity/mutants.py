@@ -182,6 +182,16 @@ def forget_after_bucket(model: ir.Model, layer: int, capacity: int) -> None:
     _use(add, 1, _new(add, "Where", [kept, add.inputs[1], low]))
 
 
+def sort_wanted_rows(model: ir.Model) -> None:
+    """Logits come in the order of their positions, not in the order that was asked for."""
+    wanted: Any = next(value for value in model.graph.inputs if value.name == "logits_indices")
+    readers = list(wanted.uses())
+    size = _new(readers[0].node, "Shape", [wanted], start=1, end=2)
+    ascending, _ = _new(readers[0].node, "TopK", [wanted, size], outputs=2, largest=0)
+    for node, index in readers:
+        _use(node, index, ascending)
+
+
 def double_epsilon(model: ir.Model) -> None:
     """One norm's epsilon is twice as large: a difference of rounding, not of meaning."""
     mean = next(node for node in model.graph if node.op_type == "ReduceMean")

@@ -70,6 +70,7 @@ MUTANTS = {
         1,
         ("prefill", "prefill by 1", "prefill by 13", "decode of 6", "ragged batch"),
     ),
+    "wanted rows sorted": Mutant(mutants.sort_wanted_rows, None, ("prefill by 1",)),
     "values 0.1 % too large": Mutant(
         lambda m: mutants.scale_weight(m, "model.layers.2.self_attn.v_proj.weight", 1.001), 2
     ),

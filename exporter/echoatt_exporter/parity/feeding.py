@@ -68,7 +68,8 @@ def feed(
         for row, (text, count) in enumerate(zip(rows, counts, strict=True)):
             token_ids[row, :count] = text.tokens[past[row] : past[row] + count]
             inside = (text.positions >= past[row]) & (text.positions < past[row] + count)
-            wanted.append(np.flatnonzero(inside))
+            # In an order of their own: a graph that gives rows as they stand must not pass
+            wanted.append(random.permutation(np.flatnonzero(inside)))
         indices = np.zeros((len(rows), max(1, *map(len, wanted))), np.int64)
         for row, kept in enumerate(wanted):
             indices[row, : len(kept)] = rows[row].positions[kept] - past[row]

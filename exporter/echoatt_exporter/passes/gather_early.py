@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from echoatt_exporter.passes._matching import (
     replace,
     same_dim,
     shape_of,
+    static_dim,
 )
 from echoatt_exporter.passes._weights import add_constant
 from echoatt_runtime.manifest import LOGITS_INDICES
@@ -51,11 +53,12 @@ class GatherEarly(RewritePass):
     1. a GatherElements along S of hidden states [B, S, F] by `logits_indices`, in front of which
        stand nodes that treat every row alike and whose results nothing else reads: products with
        weights, norms and Splits of the features, operators by element. They compute the wanted rows
-       only, from look-ups (GatherND) in the values at which such nodes end, the last layer's
-       context and its residual stream.
+       only, from look-ups in the values at which such nodes end, the last layer's context and its
+       residual stream.
 
     It leaves alone a GatherElements with no product in front of it that could be spared, also its
-    own work: a bundle that is rewritten.
+    own work: a bundle that is rewritten. (GatherND would need no index of every feature, but on
+    CUDA it copies from the host, which a CUDA graph cannot record.)
     """
 
     roots = frozenset({("", "GatherElements")})
@@ -77,12 +80,13 @@ class GatherEarly(RewritePass):
             any((item.domain, item.op_type) in _PRODUCTS for item in spared),
             "no product in front of it computes rows for it alone",
         )
-        index = _index(graph, wanted)
+        sizes = [static_dim(end, 2) for end in ends]
+        index_of = _indices(graph, wanted, sizes)
         number = shape_of(wanted)[1]
-        for end in ends:
+        for end, size in zip(ends, sizes, strict=True):
             readers = [use for use in end.uses() if use.node in spared]
             lookup = new_node(
-                "GatherND", [end, index], {"batch_dims": 1}, after=end, suffix="wanted"
+                "GatherElements", [end, index_of[size]], {"axis": 1}, after=end, suffix="wanted"
             )
             lookup.outputs[0].shape = _with_rows(end, number)
             graph.insert_before(min((use.node for use in readers), key=spared.index), lookup)
@@ -152,15 +156,22 @@ def _is_same_for_rows(value: ir.Value) -> bool:
     return value.is_initializer() and len(shape_of(value)) <= 1
 
 
-def _index(graph: ir.Graph, wanted: ir.Value) -> ir.Value:
-    """The wanted rows as GatherND takes them, [B, n, 1]."""
+def _indices(graph: ir.Graph, wanted: ir.Value, sizes: Iterable[int]) -> dict[int, ir.Value]:
+    """The wanted rows as GatherElements takes them, [B, n, F], by number of features."""
     axis = add_constant(graph, f"{LOGITS_INDICES}.axis", np.array([2], np.int64))
-    node = ir.node("Unsqueeze", [wanted, axis], name=f"{LOGITS_INDICES}.column")
-    result = node.outputs[0]
-    result.name, result.type = node.name, ir.TensorType(ir.DataType.INT64)
-    result.shape = ir.Shape([*shape_of(wanted), 1])
-    graph.insert_before(graph[0], node)
-    return result
+    column = ir.node("Unsqueeze", [wanted, axis], name=f"{LOGITS_INDICES}.column")
+    nodes, expanded = [column], {}
+    for size in dict.fromkeys(sizes):
+        name = f"{LOGITS_INDICES}.of_{size}"
+        shape = add_constant(graph, f"{name}.shape", np.array([1, 1, size], np.int64))
+        nodes.append(ir.node("Expand", [column.outputs[0], shape], name=name))
+        expanded[size] = nodes[-1].outputs[0]
+    for node, features in zip(nodes, [1, *expanded], strict=True):
+        result = node.outputs[0]
+        result.name, result.type = node.name, ir.TensorType(ir.DataType.INT64)
+        result.shape = ir.Shape([*shape_of(wanted), features])
+    graph.insert_before(graph[0], nodes)
+    return expanded
 
 
 def _with_rows(value: ir.Value, number: int | ir.SymbolicDim) -> ir.Shape | None:
