@@ -14,6 +14,7 @@ from echoatt_exporter.passes.quantize_weights import QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import GraphSize, PassReport, PassStep, run_pipeline
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
+from echoatt_exporter.passes.rotate_together import RotateTogether
 from echoatt_exporter.passes.share_tied_table import ShareTiedTable
 from echoatt_exporter.passes.split_decode import SplitDecode
 
@@ -32,6 +33,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveDeadBranches",
     "RewireProbabilities",
+    "RotateTogether",
     "ShareTiedTable",
     "SplitDecode",
     "check_file",

@@ -26,6 +26,7 @@ from echoatt_exporter.passes.quantize_weights import BITS, QuantizeWeights
 from echoatt_exporter.passes.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.passes.report import PassStep
 from echoatt_exporter.passes.rewire_probabilities import RewireProbabilities
+from echoatt_exporter.passes.rotate_together import RotateTogether
 from echoatt_exporter.passes.share_tied_table import ShareTiedTable
 from echoatt_exporter.passes.split_decode import SplitDecode
 from echoatt_runtime.manifest import Manifest
@@ -97,6 +98,10 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
         PassStep(
             transform=PackProjections(),
             why="after the removal, so that only projections that are needed are packed",
+        ),
+        PassStep(
+            transform=RotateTogether(),
+            why="after packing, of whose parts it makes one",
         ),
     ]
     if manifest.dtype in BITS:
