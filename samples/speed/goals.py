@@ -73,7 +73,7 @@ def main() -> None:
         # A process is fast or slow by where its memory lies, and a run has one of each engine:
         # of several runs the one with the lowest ratio counts
         found = sorted(runs.get(case, []), key=lambda ratio: ratio["median"])
-        words = [f"{x['median']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in found]
+        words = [f"{x['median']:.3f} ({x['low']:.2f} to {x['high']:.2f})" for x in found]
         verdict = _verdict(found[0]["median"], goal) if found else "not measured"
         work = f"{case.phase}, {case.dtype}, {case.sharing}"
         rows.append(
@@ -119,7 +119,7 @@ def _draw(runs: dict[Case, list[dict[str, float]]], path: Path) -> None:
 
 
 def _verdict(median: float, goal: float) -> str:
-    return "met" if round(median, 2) >= goal else "missed"
+    return "met" if median >= goal else "missed"
 
 
 if __name__ == "__main__":

@@ -130,6 +130,12 @@ LEFT_ALONE = {
         LOOKUP,
         "no product in front of it",
     ),
+    "a value for every row of the batch": (
+        "c = Constant<value_ints=[0]>() m = ReduceMean<keepdims=1>(b, c) o = MatMul(a, w)"
+        " h = Add(o, m)",
+        LOOKUP,
+        "no product in front of it",
+    ),
     "another look-up": (
         "h = MatMul(a, w)",
         LOOKUP.replace("Unsqueeze(logits_indices", "Unsqueeze(others").replace(

@@ -9,6 +9,7 @@ from echoatt_exporter.passes import RotateTogether
 RNG = np.random.default_rng(31)
 WEIGHTS = {
     "w": RNG.standard_normal((8, 20)).astype(np.float32),
+    "bias": RNG.standard_normal(20).astype(np.float32),
     "scale": RNG.standard_normal(4).astype(np.float32),
 }
 ANGLES = RNG.standard_normal((2, 3, 2)).astype(np.float32)
@@ -20,7 +21,7 @@ FEEDS = {
 }
 INPUTS = """
 float[b,s,8] x, float[b,s,2] cos, float[b,s,2] sin, float[b,s,2] other, float[8,20] w,
-float[4] scale
+float[20] bias, float[4] scale
 """
 OUTPUTS = "float[b,2,s,4] qr, float[b,1,s,4] kr, z"
 BODY = """
@@ -43,14 +44,17 @@ z = Neg(v)
 def attention(model_of):
     """A packed product whose parts are rotated, with changes to its text."""
 
-    def build(*changes, name="w"):
+    def build(*changes, **names):
         body = BODY
         for old, new in changes:
             assert old in body
             body = body.replace(old, new)
-        weights = {name if key == "w" else key: value for key, value in WEIGHTS.items()}
-        text = f"g ({INPUTS}) => ({OUTPUTS}) {{ {body} }}"
-        return model_of(text.replace("] w", f'] "{name}"').replace(", w)", f', "{name}")'), weights)
+        model = model_of(f"g ({INPUTS}) => ({OUTPUTS}) {{ {body} }}", WEIGHTS)
+        for old, new in names.items():
+            value = model.graph.initializers.pop(old)
+            value.name = new
+            model.graph.register_initializer(value)
+        return model
 
     return build
 
@@ -64,7 +68,7 @@ TOGETHER = {
     "interleaved": [(EVERY, "RotaryEmbedding<interleaved=1>(")],
     "keys before queries": [("q, k, v", "k, q, v"), ("8,4,8]", "4,8,8]")],
     "behind the values": [("q, k, v", "v, q, k"), ("8,4,8]", "8,8,4]")],
-    "with a bias": [("p = MatMul(x, w)", "p0 = MatMul(x, w)\np = Add(p0, p0)")],
+    "with a bias": [("p = MatMul(x, w)", "p0 = MatMul(x, w)\np = Add(p0, bias)")],
 }
 
 
@@ -83,11 +87,12 @@ def test_two_rotations_become_one(attention, evaluate, difference, ops, case):
 
 
 def test_the_weights_name_says_which_parts_are_one(attention):
-    model = attention(name="layers.0.[q_proj+k_proj+v_proj].weight")
+    names = {"w": "layers.0.[q_proj+k_proj+v_proj].weight", "bias": "[q_bias+k_bias+v_bias]"}
+    model = attention(*TOGETHER["with a bias"], **names)
     assert RotateTogether()(model).modified
-    model = ir.from_proto(ir.to_proto(model))
-    assert "layers.0.[q_proj&k_proj+v_proj].weight" in model.graph.initializers
-    assert "layers.0.[q_proj+k_proj+v_proj].weight" not in model.graph.initializers
+    found = set(ir.from_proto(ir.to_proto(model)).graph.initializers)
+    assert {"layers.0.[q_proj&k_proj+v_proj].weight", "[q_bias&k_bias+v_bias]"} <= found
+    assert not set(names.values()) & found
 
 
 LEFT_ALONE = {

@@ -102,6 +102,17 @@ def only_used_by(value: ir.Value, *nodes: ir.Node) -> None:
     need(not others, f"{value.name} is used elsewhere too")
 
 
+def only_reader(value: ir.Value) -> ir.Node:
+    """The one node that reads `value`, once.
+
+    Raises:
+        NoMatch: Nothing reads it, several do, or it is a graph output.
+    """
+    uses = tuple(value.uses())
+    need(not value.is_graph_output() and len(uses) == 1, f"{value.name} is not read once")
+    return uses[0].node
+
+
 def split_operands(
     node: ir.Node, op_type: str, domain: str = ""
 ) -> Iterable[tuple[ir.Node, ir.Value]]:

@@ -147,7 +147,8 @@ def _row_operands(node: ir.Node) -> list[ir.Value]:
     need(bool(rows), "no operand has rows")
     for value in rows:
         need(len(shape_of(value)) == 3, f"{value.name} does not have three dimensions")
-        need(same_dim(value, 1, rows[0], 1), "the operands' rows differ")
+        alike = all(same_dim(value, axis, rows[0], axis) for axis in (0, 1))
+        need(alike, "the operands' batches or rows differ")
     return rows
 
 

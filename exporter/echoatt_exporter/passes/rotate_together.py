@@ -16,10 +16,13 @@ from echoatt_exporter.passes._matching import (
     given,
     graph_of,
     last_axis,
+    made_by,
     need,
     new_node,
+    only_reader,
     remove_dead,
     replace,
+    same_dim,
     shape_of,
     static_dim,
 )
@@ -110,24 +113,27 @@ class _Rotated:
 def _rotated(part: ir.Value) -> _Rotated | None:
     """See a part of a Split as rotated heads; None if it is not."""
     try:
-        reshape = _only_reader(part, "Reshape")
-        transpose = _only_reader(reshape.outputs[0], "Transpose")
+        reshape = _reader(part, "Reshape")
+        transpose = _reader(reshape.outputs[0], "Transpose")
         permutation = tuple(transpose.attributes.get_ints("perm", ()))
         need(permutation == _HEADS_BEFORE_TOKENS, "the heads do not come before the tokens")
-        rotary = _only_reader(transpose.outputs[0], "RotaryEmbedding")
-        heads, size = (static_dim(reshape.outputs[0], axis) for axis in (2, 3))
+        rotary = _reader(transpose.outputs[0], "RotaryEmbedding")
+        in_heads = reshape.outputs[0]
+        need(
+            all(same_dim(part, axis, in_heads, axis) for axis in (0, 1)),
+            "the Reshape moves rows or tokens",
+        )
+        heads, size = (static_dim(in_heads, axis) for axis in (2, 3))
         need(heads * size == static_dim(part, -1), "it is reshaped to more than heads")
     except NoMatch:
         return None
     return _Rotated(heads, size, rotary)
 
 
-def _only_reader(value: ir.Value, op_type: str) -> ir.Node:
-    uses = tuple(value.uses())
-    need(len(uses) == 1 and not value.is_graph_output(), f"{value.name} is not read once")
-    node, index = uses[0]
-    need(node.op_type == op_type and node.domain == "" and index == 0, f"no {op_type} reads it")
-    return node
+def _reader(value: ir.Value, op_type: str) -> ir.Node:
+    node = only_reader(value)
+    need(node.inputs[0] is value, f"{value.name} is not what {op_type} works on")
+    return made_by(node.outputs[0], op_type)
 
 
 def _alike(one: _Rotated | None, other: _Rotated | None) -> bool:

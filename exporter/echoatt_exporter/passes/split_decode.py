@@ -17,6 +17,7 @@ from echoatt_exporter.passes._matching import (
     made_by,
     need,
     new_node,
+    only_reader,
     only_used_by,
     remove_dead,
     replace,
@@ -189,7 +190,7 @@ def _up_to_probabilities(product: ir.Node) -> list[ir.Node]:
     chain: list[ir.Node] = []
     value = product.outputs[0]
     while not chain or chain[-1].op_type != "Softmax":
-        node = _only_reader(value)
+        node = only_reader(value)
         need(
             node.op_type in _BY_ELEMENT | {"Reshape", "Softmax"} and node.domain == "",
             f"{node.op_type} stands between scores and probabilities",
@@ -202,16 +203,9 @@ def _up_to_probabilities(product: ir.Node) -> list[ir.Node]:
     softmax = chain[-1]
     need(len(shape_of(value)) == 4, "the Softmax is not of four dimensions")
     need(softmax.attributes.get_int("axis", -1) in (-1, 3), "the Softmax is not of the last axis")
-    last = _only_reader(value)
+    last = only_reader(value)
     need(last.op_type == "Reshape", "no Reshape joins groups and tokens behind the Softmax")
     return chain
-
-
-def _only_reader(value: ir.Value) -> ir.Node:
-    uses = value.uses()
-    need(not value.is_graph_output() and len(uses) == 1, f"{value.name} is not read once")
-    (use,) = uses
-    return use.node
 
 
 def _is_same_for_heads(value: ir.Value) -> bool:
