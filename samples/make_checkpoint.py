@@ -36,7 +36,7 @@ PLAIN_MARKS = str.maketrans(
 
 
 def plain_text(markdown: str) -> str:
-    """Returns the running text of a Markdown book, one paragraph a line."""
+    """Return the running text of a Markdown book, one paragraph a line."""
     kept = []
     for line in markdown.translate(PLAIN_MARKS).splitlines():
         if line.startswith("#") or re.fullmatch(r"\s*([-*_]\s*){3,}", line):  # headings and rules
@@ -47,7 +47,7 @@ def plain_text(markdown: str) -> str:
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
-    """Reads every file of `paths` (of a directory, each .md and .txt in it) as plain text."""
+    """Read every file of `paths` (of a directory, each .md and .txt in it) as plain text."""
     files: list[Path] = []
     for path in paths:
         inside = sorted(f for f in path.rglob("*") if f.suffix in {".md", ".txt"})
@@ -76,7 +76,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json into the directory `out`."""
+    """Write tokenizer.json and tokenizer_config.json into the directory `out`."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -88,7 +88,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> torch.Tensor:
-    """Returns the documents as one int64 [tokens] stream, `</s>` after each, no `<s>`."""
+    """Return the documents as one int64 [tokens] stream, `</s>` after each, no `<s>`."""
     encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
     return torch.tensor([token for encoding in encodings for token in (*encoding.ids, EOS_ID)])
 
@@ -96,7 +96,7 @@ def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> torch.Tensor
 def training_batches(
     stream: torch.Tensor, batch: int, length: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Yields int64 [batch, length] windows for ever, each `<s>` and then running text.
+    """Yield int64 [batch, length] windows for ever, each `<s>` and then running text.
 
     An epoch takes every window once, in random order; its windows start at a random offset.
     """
@@ -116,7 +116,7 @@ def training_batches(
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> float:
-    """Returns the mean cross-entropy, nats a token, over consecutive windows of `stream`."""
+    """Return the mean cross-entropy, nats a token, over consecutive windows of `stream`."""
     count = len(stream) // (length - 1)
     windows = stream[: count * (length - 1)].view(count, length - 1)
     rows = torch.cat([torch.full((count, 1), BOS_ID), windows], dim=1)
@@ -125,7 +125,7 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> flo
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Returns linear warm-up, then a cosine from 1 to 0.05, as a factor of the peak rate."""
+    """Return linear warm-up, then a cosine from 1 to 0.05, as a factor of the peak rate."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -160,7 +160,7 @@ def train(
 
 
 def main() -> None:
-    """Reads the arguments, trains, saves, and reports the saved checkpoint's held-out loss."""
+    """Read the arguments, trains, saves, and reports the saved checkpoint's held-out loss."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.oracle_llama import LlamaOracle
     from transformers import PreTrainedModel
 
-    from echoatt_exporter.plan import SharingPlan
+    from echoatt_runtime.contract.plan import SharingPlan
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,7 +67,7 @@ def oracle() -> type[LlamaOracle]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """``tiny_model(name, seed=0, **config_fields)``: see ``tests.tiny_models``."""
+    """`tiny_model(name, seed=0, **config_fields)`: see `tests.tiny_models`."""
     from tests.tiny_models import build_tiny_model
 
     return build_tiny_model
@@ -75,7 +75,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def plan_for() -> Callable[[str], SharingPlan]:
-    """``plan_for(name)``: a plan with at least 40 % followers for a tiny model."""
+    """`plan_for(name)`: a plan with at least 40 % followers for a tiny model."""
     from tests.tiny_models import tiny_plan
 
     return tiny_plan

@@ -19,13 +19,13 @@ Array = NDArray[np.float64]
 
 
 class LlamaOracle:
-    """A Llama decoder in which each layer uses the probabilities of ``sources[layer]``.
+    """A Llama decoder in which each layer uses the probabilities of `sources[layer]`.
 
     Args:
-        config: the fields of a Llama ``config.json``.
-        tensors: by name as in a Llama checkpoint. Queries and keys of layers that are not their
+        config: The fields of a Llama `config.json`.
+        tensors: By name as in a Llama checkpoint. Queries and keys of layers that are not their
             own source are not looked at.
-        sources: for each layer the layer whose probabilities it uses; None: each its own.
+        sources: For each layer the layer whose probabilities it uses; None: each its own.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LlamaOracle:
 
     @classmethod
     def from_directory(cls, path: Path, sources: Sequence[int] | None = None) -> LlamaOracle:
-        """The oracle of a Llama checkpoint or of its student; ``sources`` overrides the plan."""
+        """The oracle of a Llama checkpoint or of its student; `sources` overrides the plan."""
         config = json.loads((path / "config.json").read_text())
         tensors = read_safetensors(path / "model.safetensors")
         tensors = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items()}
@@ -76,7 +76,7 @@ class LlamaOracle:
         return hidden @ self.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
     def greedy(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The ``count`` tokens that greedy decoding adds, each from a pass over everything."""
+        """The `count` tokens that greedy decoding adds, each from a pass over everything."""
         tokens = list(token_ids)
         for _ in range(count):
             tokens.append(int(self.logits(tokens)[-1].argmax()))

@@ -23,7 +23,7 @@ from echoatt_exporter.texts import (
 
 
 def _tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """Words ``w0`` to ``w99`` are tokens 3 to 102; ``template`` surrounds a text."""
+    """Words `w0` to `w99` are tokens 3 to 102; `template` surrounds a text."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n + 3 for n in range(100)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

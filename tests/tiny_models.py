@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 VOCAB_SIZE = 61
 # Shorter than any sequence in the tests
@@ -26,9 +26,9 @@ class TinyModel:
     """A tiny model's family, config fields and sharing plan.
 
     Attributes:
-        family: the model type.
-        sources: a plan with at least 40 % followers that respects the layer kinds.
-        fields: what differs from ``COMMON``.
+        family: The model type.
+        sources: A plan with at least 40 % followers that respects the layer kinds.
+        fields: What differs from `COMMON`.
     """
 
     family: str
@@ -123,7 +123,7 @@ TINY_MODELS: dict[str, TinyModel] = {
     ),
 }
 
-# For a test with an argument ``family``: run it on each of them
+# For a test with an argument `family`: run it on each of them
 every_family = pytest.mark.parametrize("family", list(TINY_MODELS))
 
 # gpt_neox knows neither head sizes of its own nor grouped heads; phi3 no head sizes
@@ -134,9 +134,9 @@ def build_tiny_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel
     """A tiny random model, the same for the same arguments, in evaluation mode.
 
     Args:
-        name: a key of ``TINY_MODELS``: a family or a variant of one.
-        seed: for the weights.
-        fields: config fields that differ from the variant's.
+        name: A key of `TINY_MODELS`: a family or a variant of one.
+        seed: For the weights.
+        fields: Config fields that differ from the variant's.
     """
     tiny = TINY_MODELS[name]
     common = {k: v for k, v in COMMON.items() if k not in _ABSENT.get(tiny.family, ())}
@@ -155,5 +155,5 @@ def build_tiny_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel
 
 
 def tiny_plan(name: str) -> SharingPlan:
-    """The sharing plan of ``TINY_MODELS[name]``."""
+    """The sharing plan of `TINY_MODELS[name]`."""
     return SharingPlan(TINY_MODELS[name].sources)

@@ -1,4 +1,4 @@
-"""EchoAtt's own engine: a bundle under the runtime, driven as ``EchoModel.generate`` drives it."""
+"""EchoAtt's own engine: a bundle under the runtime, driven as `EchoModel.generate` drives it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from echoatt_bench.engine import Decode, Load, Prefill
+from echoatt_runtime.cache.kv_cache import KVCache, bucket_capacity
 from echoatt_runtime.errors import DamagedBundleError
 from echoatt_runtime.generate import BatchDecoder, Chunk, TokenStep, run_chunk
-from echoatt_runtime.kv_cache import KVCache, bucket_capacity
 from echoatt_runtime.model import EchoModel
 from echoatt_runtime.sampling import SamplingParams
-from echoatt_runtime.text_stream import Detokenizer
+from echoatt_runtime.text.text_stream import Detokenizer
 
 # Keys so small leave the probabilities nearly even: no denormal numbers, which would cost time that
 # a text's own keys do not.
@@ -34,7 +34,7 @@ class TimedSession:
         return getattr(self._ort_session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
-        """Run, and add to ``seconds``."""
+        """Run, and add to `seconds`."""
         begin = time.perf_counter()
         self._ort_session.run_with_iobinding(binding)
         self.seconds += time.perf_counter() - begin
@@ -68,7 +68,7 @@ class BundleEngine:
         }
 
     def prefill(self, context: int) -> Prefill:
-        """See ``Engine``."""
+        """See `Engine`."""
         prompts = self._tokens_BT[:, :context].tolist()
         self._cache = None
         begin = time.perf_counter()
@@ -79,7 +79,7 @@ class BundleEngine:
         return Prefill(seconds, [step.token_id for step in steps])
 
     def decode(self, start: int, new_tokens: int) -> Decode:
-        """See ``Engine``; ``extra`` has the time outside ONNX Runtime, and that of making text."""
+        """See `Engine`; `extra` has the time outside ONNX Runtime, and that of making text."""
         self._cache = self._cache_at(start)
         if self._load.batch == 1 or not self._sequences:
             self._sequences = self._tokens_BT[:, :start].tolist()
@@ -103,14 +103,14 @@ class BundleEngine:
         return Decode(np.diff(marks).tolist(), tokens, extra)
 
     def run_chunk(self, begin: int, end: int) -> None:
-        """Run the prompts' tokens from ``begin`` to ``end`` as a prefill does."""
+        """Run the prompts' tokens from `begin` to `end` as a prefill does."""
         self._cache = self._cache_at(end)
         lengths = np.full(self._load.batch, end - begin)
         chunk = Chunk(self._tokens_BT[:, begin:end], np.full_like(lengths, begin), lengths)
         run_chunk(self._model.session, self._cache, chunk, lengths[:, None] - 1)
 
     def end_profiling(self) -> str:
-        """Ends the session's profiling, if it was begun; returns the trace's path."""
+        """End the session's profiling, if it was begun; returns the trace's path."""
         return str(self._timed.end_profiling())
 
     @property

@@ -21,12 +21,12 @@ class Load:
     """What an engine is asked to load.
 
     Attributes:
-        path: the model: a file or a directory, as the engine has it.
+        path: The model: a file or a directory, as the engine has it.
         threads: CPU threads that one operator may use.
-        batch: rows.
-        capacity: tokens that each row needs room for.
-        vocab_size: tokens are drawn from below this.
-        seed: of the tokens.
+        batch: Rows.
+        capacity: Tokens that each row needs room for.
+        vocab_size: Tokens are drawn from below this.
+        seed: Of the tokens.
     """
 
     path: str
@@ -50,8 +50,8 @@ class Prefill:
     """One prompt, or a batch of them, from nothing to the first new token.
 
     Attributes:
-        seconds: time to the first token.
-        first_tokens: the token chosen in each row.
+        seconds: Time to the first token.
+        first_tokens: The token chosen in each row.
     """
 
     seconds: float
@@ -63,9 +63,9 @@ class Decode:
     """Greedy steps, one token a row each.
 
     Attributes:
-        step_seconds: of each step, n of them.
-        tokens: what the first row chose, n of them.
-        extra: what only this engine can tell, by name; seconds a step.
+        step_seconds: Of each step, n of them.
+        tokens: What the first row chose, n of them.
+        extra: What only this engine can tell, by name; seconds a step.
     """
 
     step_seconds: list[float]
@@ -74,10 +74,10 @@ class Decode:
 
 
 class Engine(Protocol):
-    """A loaded model. It is made with a ``Load``, and what that takes is the time to load.
+    """A loaded model. It is made with a `Load`, and what that takes is the time to load.
 
     Attributes:
-        PACKAGES: what is imported before that.
+        PACKAGES: What is imported before that.
     """
 
     PACKAGES: ClassVar[tuple[str, ...]]
@@ -85,24 +85,24 @@ class Engine(Protocol):
     def __init__(self, load: Load) -> None: ...
 
     def facts(self) -> dict[str, Any]:
-        """What the engine says of itself: ``version`` and what else there is to report."""
+        """What the engine says of itself: `version` and what else there is to report."""
 
     def prefill(self, context: int) -> Prefill:
-        """Run the first ``context`` tokens of every row and choose the next, from an empty cache.
+        """Run the first `context` tokens of every row and choose the next, from an empty cache.
 
         Args:
-            context: tokens of each row.
+            context: Tokens of each row.
         """
 
     def decode(self, start: int, new_tokens: int) -> Decode:
-        """Choose ``new_tokens`` tokens a row, the first after ``start`` tokens.
+        """Choose `new_tokens` tokens a row, the first after `start` tokens.
 
-        With one row an engine goes back to ``start`` by itself, so that the same may be asked again
+        With one row an engine goes back to `start` by itself, so that the same may be asked again
         and again; with several it is asked from where it stopped.
 
         Args:
-            start: tokens of each row before.
-            new_tokens: steps.
+            start: Tokens of each row before.
+            new_tokens: Steps.
         """
 
 

@@ -19,7 +19,7 @@ _FILL = 512
 class GenaiEngine:
     """A model that genai's own builder made, with room for exactly the tokens that are asked for.
 
-    It goes back with ``rewind_to``, which exists for one row only.
+    It goes back with `rewind_to`, which exists for one row only.
     """
 
     PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime_genai",)
@@ -42,7 +42,7 @@ class GenaiEngine:
         return {"version": f"onnxruntime-genai {version('onnxruntime-genai')}, ORT {runtime}"}
 
     def prefill(self, context: int) -> Prefill:
-        """See ``Engine``; the whole prompt at once, as genai does it unless told otherwise."""
+        """See `Engine`; the whole prompt at once, as genai does it unless told otherwise."""
         self._generator = None
         begin = time.perf_counter()
         generator = self._new_generator()
@@ -55,7 +55,7 @@ class GenaiEngine:
         return Prefill(seconds, tokens)
 
     def decode(self, start: int, new_tokens: int) -> Decode:
-        """See ``Engine``."""
+        """See `Engine`."""
         self._go_to(start)
         generator = self._generator
         tokens = []
@@ -77,7 +77,7 @@ class GenaiEngine:
         return self._genai.Generator(self._model, params)
 
     def _go_to(self, start: int) -> None:
-        """The state in which the next step runs the token at ``start`` and chooses another."""
+        """The state in which the next step runs the token at `start` and chooses another."""
         if self._load.batch > 1:
             # several rows take their prompts in one call and cannot go back
             if self._generator is None or start != self._position:

@@ -56,14 +56,14 @@ class LlamaCppEngine:
         return {"version": f"llama-cpp-python {version('llama-cpp-python')}"}
 
     def prefill(self, context: int) -> Prefill:
-        """See ``Engine``."""
+        """See `Engine`."""
         self._keep(0)
         begin = time.perf_counter()
         self._chosen = self._prompt(0, context)
         return Prefill(time.perf_counter() - begin, self._chosen)
 
     def decode(self, start: int, new_tokens: int) -> Decode:
-        """See ``Engine``."""
+        """See `Engine`."""
         if start != self._position:
             kept = min(self._prompt_tokens, start - 1)
             self._keep(kept)
@@ -83,7 +83,7 @@ class LlamaCppEngine:
         self._position = self._prompt_tokens = tokens
 
     def _prompt(self, begin: int, end: int) -> list[int]:
-        """Runs the prompts' tokens, row after row, and chooses what follows each."""
+        """Run the prompts' tokens, row after row, and chooses what follows each."""
         chosen = []
         for row, tokens_T in enumerate(self._tokens_BT):
             for first in range(begin, end, self._most):
@@ -107,7 +107,7 @@ class LlamaCppEngine:
         *,
         every: bool = False,
     ) -> None:
-        """Runs tokens at their places; logits of the last, or of ``every`` one."""
+        """Run tokens at their places; logits of the last, or of `every` one."""
         batch, count = self._batch, len(positions)
         batch.n_tokens = count
         for place in range(count):

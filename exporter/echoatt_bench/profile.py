@@ -21,18 +21,18 @@ Event = Mapping[str, Any]
 def profile_bundle(
     path: str, threads: int, batch: int, context: int, vocab_size: int, steps: int
 ) -> list[dict[str, Any]]:
-    """Profile steps of decoding after ``context`` tokens, and the last chunk of their prefill.
+    """Profile steps of decoding after `context` tokens, and the last chunk of their prefill.
 
     Args:
-        path: the bundle.
-        threads: as in ``Load``.
-        batch: rows.
-        context: tokens of each row.
-        vocab_size: as in ``Load``.
-        steps: decoding steps, and as many chunks, after a few that are not counted.
+        path: The bundle.
+        threads: As in `Load`.
+        batch: Rows.
+        context: Tokens of each row.
+        vocab_size: As in `Load`.
+        steps: Decoding steps, and as many chunks, after a few that are not counted.
 
     Returns:
-        For ``decode`` and ``prefill`` the phase, the tokens of a run, and ``summarise``'s fields.
+        For `decode` and `prefill` the phase, the tokens of a run, and `summarise`'s fields.
     """
     runs = _WARM_UP + steps
     load = Load(path, threads, batch, context + runs + 1, vocab_size, seed=0)
@@ -95,11 +95,11 @@ def summarise(runs: Sequence[tuple[int, Sequence[Event]]], head_dim: int) -> dic
     """Medians over runs of the time by kind of operator.
 
     Args:
-        runs: as :func:`runs_of` gives them, at least one.
-        head_dim: size of a head.
+        runs: As `runs_of` gives them, at least one.
+        head_dim: Size of a head.
 
     Returns:
-        ``microseconds`` of a run, ``outside`` the kernels, and ``operators``: name, kernels a run
+        `microseconds` of a run, `outside` the kernels, and `operators`: name, kernels a run
         and microseconds a run, the costly first.
     """
     sums: list[dict[str, float]] = []
@@ -131,8 +131,8 @@ def operator_kind(arguments: Mapping[str, Any], head_dim: int) -> str:
     """The operator, with matrix products told apart by what they multiply.
 
     Args:
-        arguments: ``args`` of a kernel's event.
-        head_dim: size of a head.
+        arguments: `args` of a kernel's event.
+        head_dim: Size of a head.
     """
     name = str(arguments["op_name"])
     if "MatMul" not in name or name == "MatMulNBits":

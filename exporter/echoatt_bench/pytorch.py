@@ -1,4 +1,4 @@
-"""transformers' ``generate`` with SDPA in float32."""
+"""transformers' `generate` with SDPA in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILL = 512
 
 
 class TorchEngine:
-    """A Hugging Face directory. Its ``DynamicCache`` is cropped to go back."""
+    """A Hugging Face directory. Its `DynamicCache` is cropped to go back."""
 
     PACKAGES: ClassVar[tuple[str, ...]] = ("torch", "transformers")
 
@@ -48,7 +48,7 @@ class TorchEngine:
         }
 
     def prefill(self, context: int) -> Prefill:
-        """See ``Engine``."""
+        """See `Engine`."""
         self._cache = None
         begin = time.perf_counter()
         self._cache = self._transformers.DynamicCache()
@@ -56,7 +56,7 @@ class TorchEngine:
         return Prefill(time.perf_counter() - begin, sequences[:, -1].tolist())
 
     def decode(self, start: int, new_tokens: int) -> Decode:
-        """See ``Engine``."""
+        """See `Engine`."""
         if self._cache is None:
             self._cache = self._transformers.DynamicCache()
         held = self._cache.get_seq_length()

@@ -1,7 +1,7 @@
 """The worker process: one engine, told what to do by JSON lines.
 
-``python -m echoatt_bench.worker`` reads a request a line from standard input and writes an answer
-a line to what was its standard output: ``{"ok": ...}``, or ``{"error": "one line"}``. Between
+`python -m echoatt_bench.worker` reads a request a line from standard input and writes an answer
+a line to what was its standard output: `{"ok": ...}`, or `{"error": "one line"}`. Between
 requests it waits in a read, so that it takes no processor time from the engine being measured.
 """
 
@@ -21,7 +21,7 @@ from echoatt_runtime.errors import one_line
 
 
 def _engine_class(kind: str) -> type[Engine]:
-    """Imports only what its own engine needs."""
+    """Import only what its own engine needs."""
     if kind == "echoatt":
         from echoatt_bench.bundle import BundleEngine
 
@@ -49,7 +49,7 @@ class Worker:
         self._anonymous_bytes = 0
 
     def load(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Loads an engine, after importing its packages."""
+        """Load an engine, after importing its packages."""
         engine = _engine_class(kind)
         for name in engine.PACKAGES:
             package(name)
@@ -59,11 +59,11 @@ class Worker:
         return {"seconds": seconds, "facts": self._engine.facts()}
 
     def prefill(self, context: int) -> dict[str, Any]:
-        """``Engine.prefill``."""
+        """`Engine.prefill`."""
         return dataclasses.asdict(self._loaded().prefill(context))
 
     def decode(self, start: int, new_tokens: int) -> dict[str, Any]:
-        """``Engine.decode``."""
+        """`Engine.decode`."""
         return dataclasses.asdict(self._loaded().decode(start, new_tokens))
 
     def memory_speed(self, threads: int, **size: int) -> float:

@@ -1,7 +1,7 @@
-"""The command line: ``echoatt`` and ``echoatt-export``, one file a subcommand.
+"""The command line: `echoatt` and `echoatt-export`, one file a subcommand.
 
-A package of its own, so that ``echoatt generate`` starts without importing torch: importing
-anything below ``echoatt_exporter`` registers the student with transformers, which takes torch.
+A package of its own, so that `echoatt generate` starts without importing torch: importing
+anything below `echoatt_exporter` registers the student with transformers, which takes torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INTERRUPTED = 130
 
 
 def _command(name: str) -> ModuleType:
-    """A subcommand's module: ``HELP``, ``add_arguments(parser)``, ``run(arguments) -> code``."""
+    """A subcommand's module: `HELP`, `add_arguments(parser)`, `run(arguments) -> code`."""
     return importlib.import_module(f"echoatt_cli.{name}")
 
 
@@ -55,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``echoatt``.
+    """Run `echoatt`.
 
     Args:
-        arguments: the command line without the program's name; None reads ``sys.argv``.
+        arguments: The command line without the program's name; None reads `sys.argv`.
 
     Returns:
         0 done; 1 compared and found different; 2 bad input or a step that could not be done.
@@ -71,11 +71,11 @@ def run_command(name: str, arguments: argparse.Namespace) -> int:
     """Run one subcommand and turn what EchoAtt raises into a line and an exit code.
 
     Args:
-        name: the subcommand.
-        arguments: what its own ``add_arguments`` declared.
+        name: The subcommand.
+        arguments: What its own `add_arguments` declared.
 
     Returns:
-        As :func:`main`.
+        As `main`.
     """
     # Whatever a library would fetch is a mistake here: models are local directories
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -96,5 +96,5 @@ def run_command(name: str, arguments: argparse.Namespace) -> int:
 
 
 def export_main() -> int:
-    """Run ``echoatt-export``, the short form of ``echoatt export``."""
+    """Run `echoatt-export`, the short form of `echoatt export`."""
     return main(["export", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""``python -m echoatt_cli``: ``echoatt`` under a launcher, such as torchrun."""
+"""`python -m echoatt_cli`: `echoatt` under a launcher, such as torchrun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``echoatt analyze MODEL_DIR --text FILE… --out DIR``: which layers may share, and a plan."""
+"""`echoatt analyze MODEL_DIR --text FILE… --out DIR`: which layers may share, and a plan."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _show(report: AnalysisReport) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from echoatt_cli._console import console, show_plan
+    from echoatt_cli.console import console, show_plan
 
     chosen = report.chosen
     show_plan(chosen.plan.sources)

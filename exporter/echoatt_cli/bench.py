@@ -1,4 +1,4 @@
-"""``echoatt bench OUT.onnx…``: bundles beside other engines on the same work, in one run."""
+"""`echoatt bench OUT.onnx…`: bundles beside other engines on the same work, in one run."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _choices(*known: str) -> Callable[[str], list[str]]:
-    """A comma-separated list of known words, each once and in the order of ``known``."""
+    """A comma-separated list of known words, each once and in the order of `known`."""
 
     def read(text: str) -> list[str]:
         words = _words(text)

@@ -1,4 +1,4 @@
-"""``echoatt distill``: heal a student by distillation and training."""
+"""`echoatt distill`: heal a student by distillation and training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``echoatt evaluate MODEL``: how well a model predicts text, alone or held against another."""
+"""`echoatt evaluate MODEL`: how well a model predicts text, alone or held against another."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Score, and print the numbers."""
     import torch
 
-    from echoatt_cli._console import count_progress
+    from echoatt_cli.console import count_progress
     from echoatt_exporter import AnalysisError
     from echoatt_exporter.evaluate.models import open_model
     from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
@@ -166,7 +166,7 @@ def _show(
 ) -> None:
     from rich.table import Table
 
-    from echoatt_cli._console import console
+    from echoatt_cli.console import console
 
     table = Table()
     table.add_column("model")

@@ -1,11 +1,11 @@
-"""``echoatt export MODEL_DIR OUT``: checkpoint and sharing plan to a verified bundle."""
+"""`echoatt export MODEL_DIR OUT`: checkpoint and sharing plan to a verified bundle."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from echoatt_runtime.manifest import DEVICES, DTYPES
+from echoatt_runtime.contract.manifest import DEVICES, DTYPES
 
 if TYPE_CHECKING:
     from echoatt_exporter import SharingPlan
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Declare ``--plan`` and ``--share``, of which at most one is given, or exactly one."""
+    """Declare `--plan` and `--share`, of which at most one is given, or exactly one."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--plan", metavar="FILE", help="a sharing plan (JSON)")
     group.add_argument("--share", metavar="PAIRS", help="follower:source pairs, such as 3:2,4:2")
 
 
 def read_plan(arguments: argparse.Namespace) -> SharingPlan | str | None:
-    """What ``--plan`` or ``--share`` says; None without either."""
+    """What `--plan` or `--share` says; None without either."""
     from echoatt_exporter import SharingPlan
 
     pairs: str | None = arguments.share
@@ -61,7 +61,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, and say what was done."""
-    from echoatt_cli._console import progress, show_export
+    from echoatt_cli.console import progress, show_export
     from echoatt_exporter import export_bundle
 
     with progress(quiet=arguments.json) as on_step:

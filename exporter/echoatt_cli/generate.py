@@ -1,4 +1,4 @@
-"""``echoatt generate BUNDLE PROMPT``: stream text from a bundle; never needs torch."""
+"""`echoatt generate BUNDLE PROMPT`: stream text from a bundle; never needs torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``echoatt parity MODEL_DIR BUNDLE``: PyTorch against a bundle, for people and for CI."""
+"""`echoatt parity MODEL_DIR BUNDLE`: PyTorch against a bundle, for people and for CI."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and print the table."""
-    from echoatt_cli._console import console
+    from echoatt_cli.console import console
     from echoatt_exporter import check_parity
     from echoatt_exporter.parity.table import format_report
 

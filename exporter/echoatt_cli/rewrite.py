@@ -1,4 +1,4 @@
-"""``echoatt rewrite IN OUT``: share attention in an exported graph, without its PyTorch model."""
+"""`echoatt rewrite IN OUT`: share attention in an exported graph, without its PyTorch model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rewrite, and say what was done."""
-    from echoatt_cli._console import progress, show_export
+    from echoatt_cli.console import progress, show_export
     from echoatt_exporter import rewrite_bundle
 
     with progress(quiet=arguments.json) as on_step:

@@ -1,4 +1,4 @@
-"""``echoatt share MODEL_DIR STUDENT_DIR``: teacher and sharing plan to a student's directory."""
+"""`echoatt share MODEL_DIR STUDENT_DIR`: teacher and sharing plan to a student's directory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Share, save, and say what became smaller."""
-    from echoatt_cli._console import console, show_plan
-    from echoatt_exporter import CheckpointError, SharingPlan, load_student
+    from echoatt_cli.console import console, show_plan
+    from echoatt_exporter import CheckpointError, SharingPlan, load_shared
     from echoatt_exporter.analyze.footprint import footprint_of
     from echoatt_exporter.share.checkpoint import check_new_directory, is_student, save_student
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if is_student(arguments.model_dir):
         raise CheckpointError(f"{arguments.model_dir}: is a student; share its teacher instead")
     trusted = arguments.trust_remote_code
-    student = load_student(arguments.model_dir, read_plan(arguments), trust_remote_code=trusted)
+    student = load_shared(arguments.model_dir, read_plan(arguments), trust_remote_code=trusted)
     save_student(student, arguments.student_dir, arguments.model_dir, trust_remote_code=trusted)
 
     footprint = footprint_of(

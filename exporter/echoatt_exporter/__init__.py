@@ -1,7 +1,7 @@
 """Build-time side of EchoAtt: share, export and verify models.
 
-Importing this package makes students known to transformers: ``AutoConfig`` and
-``AutoModelForCausalLM`` then load a student's directory.
+Importing this package makes students known to transformers: `AutoConfig` and
+`AutoModelForCausalLM` then load a student's directory.
 """
 
 from importlib.metadata import version
@@ -16,23 +16,23 @@ from echoatt_exporter.errors import (
     ExportError,
     OutputExistsError,
     ParityError,
-    PlanError,
     TextError,
     TrainingError,
     UnsupportedModelError,
 )
 from echoatt_exporter.export import ExportReport, export_bundle, rewrite_bundle
 from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import (
     load_model,
-    load_student,
+    load_shared,
     load_teacher,
     save_student,
 )
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.errors import PlanError
 
 __all__ = [
     "AnalysisError",
@@ -56,7 +56,7 @@ __all__ = [
     "check_parity",
     "export_bundle",
     "load_model",
-    "load_student",
+    "load_shared",
     "load_teacher",
     "rewrite_bundle",
     "save_student",

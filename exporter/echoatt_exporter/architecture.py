@@ -10,8 +10,8 @@ from optimum.utils.normalized_config import NormalizedTextConfig, NormalizedText
 from transformers import PreTrainedConfig
 
 from echoatt_exporter.errors import UnsupportedModelError
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
+from echoatt_runtime.contract.plan import SharingPlan
 
 LayerKind = Literal["full", "sliding"]
 
@@ -30,14 +30,14 @@ class DecoderArchitecture:
     """A decoder's shape, in the words of the graph contract.
 
     Attributes:
-        family: the Hugging Face ``model_type``.
-        layer_kinds: attention kind of each layer.
-        sliding_window: tokens a sliding layer sees, itself included; None without such layers.
-        num_query_heads: query heads of every layer.
-        num_kv_heads: key/value heads of every layer.
-        head_dim: elements per head.
-        vocab_size: rows of the LM head.
-        context_length: the most positions the checkpoint was made for.
+        family: The Hugging Face `model_type`.
+        layer_kinds: Attention kind of each layer.
+        sliding_window: Tokens a sliding layer sees, itself included; None without such layers.
+        num_query_heads: Query heads of every layer.
+        num_kv_heads: Key/value heads of every layer.
+        head_dim: Elements per head.
+        vocab_size: Rows of the LM head.
+        context_length: The most positions the checkpoint was made for.
     """
 
     family: str
@@ -55,10 +55,10 @@ class DecoderArchitecture:
         return len(self.layer_kinds)
 
     def validate_plan(self, plan: SharingPlan) -> None:
-        """Check that ``plan`` fits this decoder.
+        """Check that `plan` fits this decoder.
 
         Raises:
-            PlanError: names every fault at once.
+            PlanError: Names every fault at once.
         """
         count = self.num_layers
         plan.validate(
@@ -104,13 +104,13 @@ def _check_rope(config: PreTrainedConfig) -> None:
 
 
 def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
-    """Describe the decoder that ``config`` belongs to.
+    """Describe the decoder that `config` belongs to.
 
     Args:
-        config: a teacher's configuration; of a student, its ``text_config``.
+        config: A teacher's configuration; of a student, its `text_config`.
 
     Raises:
-        UnsupportedModelError: another family, or a feature that cannot be shared or exported.
+        UnsupportedModelError: Another family, or a feature that cannot be shared or exported.
     """
     family = config.model_type
     if family not in FAMILIES:

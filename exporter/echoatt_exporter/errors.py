@@ -1,7 +1,6 @@
-"""The exporter's exceptions; all derive from :class:`echoatt_runtime.errors.EchoAttError`.
+"""The exporter's exceptions; all derive from `echoatt_runtime.errors.EchoAttError`.
 
 EchoAttError
-├── PlanError                a sharing plan that is malformed or does not fit the model
 ├── UnsupportedModelError    a model that EchoAtt cannot share or export
 ├── CheckpointError          a model directory that cannot be read as it should
 ├── ExportError              an export that cannot go on
@@ -20,10 +19,6 @@ Every message is one line: what is wrong, where, and what to do.
 from typing import ClassVar
 
 from echoatt_runtime.errors import EchoAttError
-
-
-class PlanError(EchoAttError):
-    """A sharing plan is malformed, or does not fit the model."""
 
 
 class UnsupportedModelError(EchoAttError):

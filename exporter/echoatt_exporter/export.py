@@ -15,20 +15,19 @@ from typing import Any
 import onnx_ir as ir
 
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
-from echoatt_exporter.bundle import (
+from echoatt_exporter.bundle.write import (
     BundlePath,
     copy_bundle_files,
     copy_checkpoint_files,
     write_bundle,
 )
-from echoatt_exporter.errors import ExportError, PlanError
+from echoatt_exporter.errors import ExportError
+from echoatt_exporter.graph import PassReport, export_pipeline, run_pipeline
 from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
-from echoatt_exporter.passes import PassReport, export_pipeline, run_pipeline
-from echoatt_exporter.plan import SharingPlan
-from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_student
+from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import GRAPH_DTYPES, trace_student
-from echoatt_runtime.manifest import (
+from echoatt_runtime.contract.manifest import (
     DEVICES,
     DTYPES,
     METADATA_KEY,
@@ -36,7 +35,9 @@ from echoatt_runtime.manifest import (
     SourceCheckpoint,
     Verification,
 )
-from echoatt_runtime.session import find_model, read_manifest
+from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.errors import PlanError
+from echoatt_runtime.executor.session import find_model, read_manifest
 
 # Long enough for several prefill chunks and a grown cache; `echoatt parity` goes up to the model's
 # own limit.
@@ -50,12 +51,12 @@ class ExportReport:
     """What an export or a rewrite did.
 
     Attributes:
-        model: the published model file.
-        manifest: the manifest inside it.
-        passes: what each graph pass changed, in order.
-        parity: the comparison with PyTorch; None if it was not asked for.
-        parameters: elements of all weights in the graph.
-        seconds: wall time of the whole.
+        model: The published model file.
+        manifest: The manifest inside it.
+        passes: What each graph pass changed, in order.
+        parity: The comparison with PyTorch; None if it was not asked for.
+        parameters: Elements of all weights in the graph.
+        seconds: Wall time of the whole.
     """
 
     model: Path
@@ -98,22 +99,22 @@ def export_bundle(
     """Export a checkpoint as a bundle that the EchoAtt runtime runs.
 
     Args:
-        model_dir: a student's directory, or any supported Hugging Face directory.
-        out: a ``.onnx`` file, or a directory that gets ``model.onnx``.
-        plan: the sharing plan for a directory that is not a student, or its ``follower:source``
+        model_dir: A student's directory, or any supported Hugging Face directory.
+        out: A `.onnx` file, or a directory that gets `model.onnx`.
+        plan: The sharing plan for a directory that is not a student, or its `follower:source`
             pairs; None shares nothing.
-        dtype: of the weights: fp32, fp16, bf16, int8 or int4.
-        device: what the bundle is for: cpu or cuda.
-        verify: compare the bundle with PyTorch before it is published.
-        force: overwrite an existing bundle.
-        trust_remote_code: run code that the checkpoint brings.
-        on_step: told (step, done, total) as the export goes on.
+        dtype: Of the weights: fp32, fp16, bf16, int8 or int4.
+        device: What the bundle is for: cpu or cuda.
+        verify: Compare the bundle with PyTorch before it is published.
+        force: Overwrite an existing bundle.
+        trust_remote_code: Run code that the checkpoint brings.
+        on_step: Told (step, done, total) as the export goes on.
 
     Returns:
         The report.
 
     Raises:
-        EchoAttError: bad input, typed and in one line; nothing was published.
+        EchoAttError: Bad input, typed and in one line; nothing was published.
     """
     start = time.perf_counter()
     _check_target(dtype, device)
@@ -122,7 +123,7 @@ def export_bundle(
     source = Path(model_dir)
 
     on_step("load", 0, 1)
-    student = load_student(
+    student = load_shared(
         source,
         plan,
         dtype=GRAPH_DTYPES[dtype],
@@ -196,17 +197,17 @@ def rewrite_bundle(
     against; the new manifest therefore says that it was not verified.
 
     Args:
-        model_file: an unshared bundle's model file.
-        out: as in :func:`export_bundle`.
-        plan: the sharing plan, or its ``follower:source`` pairs.
-        force: overwrite an existing bundle.
-        on_step: told (step, done, total) as the rewrite goes on.
+        model_file: An unshared bundle's model file.
+        out: As in `export_bundle`.
+        plan: The sharing plan, or its `follower:source` pairs.
+        force: Overwrite an existing bundle.
+        on_step: Told (step, done, total) as the rewrite goes on.
 
     Returns:
         The report.
 
     Raises:
-        EchoAttError: bad input, typed and in one line; nothing was published.
+        EchoAttError: Bad input, typed and in one line; nothing was published.
     """
     start = time.perf_counter()
     source, target = find_model(model_file), BundlePath.of(out)

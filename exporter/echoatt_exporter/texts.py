@@ -30,8 +30,8 @@ class Text:
     """One document.
 
     Attributes:
-        name: where it is from: a path, and for JSONL the line, ``reviews.jsonl:17``.
-        content: its characters.
+        name: Where it is from: a path, and for JSONL the line, `reviews.jsonl:17`.
+        content: Its characters.
     """
 
     name: str
@@ -42,14 +42,14 @@ def read_texts(paths: Sequence[str | Path]) -> list[Text]:
     """Read documents from files and folders.
 
     Args:
-        paths: ``.txt`` and ``.md`` files, one document each; ``.jsonl`` files, one document a line
-            in the field ``text``; folders, in which every such file is read in name order.
+        paths: `.txt` and `.md` files, one document each; `.jsonl` files, one document a line
+            in the field `text`; folders, in which every such file is read in name order.
 
     Returns:
-        The documents in the order of ``paths``; empty ones are left out.
+        The documents in the order of `paths`; empty ones are left out.
 
     Raises:
-        TextError: a path that is absent, unreadable or of another kind, a line without a text, or
+        TextError: A path that is absent, unreadable or of another kind, a line without a text, or
             no text in all of them.
     """
     texts = [text for path in paths for text in _read_path(Path(path)) if text.content.strip()]
@@ -117,7 +117,7 @@ def load_tokenizer(
     """The tokenizer that lies in a model directory.
 
     Raises:
-        CheckpointError: there is none, or it cannot be loaded.
+        CheckpointError: There is none, or it cannot be loaded.
     """
     try:
         with quiet_transformers():
@@ -140,7 +140,7 @@ def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, such as ``<s>``; often none."""
+    """The special tokens that the tokenizer puts before a text, such as `<s>`; often none."""
     marked = cast(list[int], tokenizer("a")["input_ids"])
     plain = cast(list[int], tokenizer("a", add_special_tokens=False)["input_ids"])
     for start in range(len(marked) - len(plain) + 1):
@@ -157,23 +157,23 @@ def sample_windows(
     count: int,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Windows of exactly ``length`` tokens, never padded, each the start or a later part of a text.
+    """Windows of exactly `length` tokens, never padded, each the start or a later part of a text.
 
-    Every document's first window is taken before any second one, so that ``count`` windows from at
+    Every document's first window is taken before any second one, so that `count` windows from at
     least as many documents are the paper's "texts cut to exactly 512 tokens" (arXiv 2409.14595).
 
     Args:
-        texts: the documents; what is left at a document's end is not used.
-        tokenizer: its leading special tokens open every window and count.
-        length: tokens in a window.
-        count: windows wanted.
-        seed: which documents are taken when there are more than ``count``.
+        texts: The documents; what is left at a document's end is not used.
+        tokenizer: Its leading special tokens open every window and count.
+        length: Tokens in a window.
+        count: Windows wanted.
+        seed: Which documents are taken when there are more than `count`.
 
     Returns:
-        int64 [windows, length] with ``count`` windows, or fewer where the texts hold no more.
+        int64 [windows, length] with `count` windows, or fewer where the texts hold no more.
 
     Raises:
-        TextError: no document fills a window.
+        TextError: No document fills a window.
     """
     lead = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
     width = length - len(lead)

@@ -1,6 +1,6 @@
-"""Gives optimum-cli an ``export echoatt`` subcommand.
+"""Gives optimum-cli an `export echoatt` subcommand.
 
-optimum imports every file in the namespace folder ``optimum/commands/register``, where the wheel
+optimum imports every file in the namespace folder `optimum/commands/register`, where the wheel
 puts this one. It runs at each start of optimum-cli, so it imports nothing heavy.
 """
 
@@ -16,7 +16,7 @@ from echoatt_cli.export import HELP, add_arguments
 
 
 class EchoAttExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped
-    """``optimum-cli export echoatt``: the same as ``echoatt export``."""
+    """`optimum-cli export echoatt`: the same as `echoatt export`."""
 
     COMMAND = CommandInfo(name="echoatt", help=HELP)
 
@@ -26,7 +26,7 @@ class EchoAttExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opti
         add_arguments(parser)
 
     def run(self) -> None:
-        """Export; exits with the same codes as ``echoatt``."""
+        """Export; exits with the same codes as `echoatt`."""
         raise SystemExit(run_command("export", self.args))
 
 

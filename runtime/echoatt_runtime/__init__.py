@@ -6,11 +6,12 @@
     for piece in model.stream("Once upon a time", SamplingParams(max_new_tokens=100)):
         print(piece.text, end="", flush=True)
 
-`echoatt_runtime.session` is the layer below, for logits and caches without text.
+`echoatt_runtime.executor.session` is the layer below, for logits and caches without text.
 """
 
 from importlib.metadata import version
 
+from echoatt_runtime.contract.manifest import Manifest
 from echoatt_runtime.errors import (
     BundleError,
     BundleNotFoundError,
@@ -24,10 +25,10 @@ from echoatt_runtime.errors import (
     NewerFormatError,
     NumericalError,
     OptionError,
+    PlanError,
     PromptError,
     SamplingError,
 )
-from echoatt_runtime.manifest import Manifest
 from echoatt_runtime.model import EchoModel
 from echoatt_runtime.results import GenerationResult, TextPiece, Timings
 from echoatt_runtime.sampling import SamplingParams
@@ -50,6 +51,7 @@ __all__ = [
     "NewerFormatError",
     "NumericalError",
     "OptionError",
+    "PlanError",
     "PromptError",
     "SamplingError",
     "SamplingParams",

@@ -6,6 +6,7 @@ EchoAttError
 │   ├── ForeignModelError      an ONNX file without an EchoAtt manifest
 │   ├── NewerFormatError       written by a newer EchoAtt
 │   └── DamagedBundleError     a manifest, graph or weight file that is incomplete or inconsistent
+├── PlanError                  a sharing plan that is malformed or does not fit the model
 ├── OptionError                an option of loading is out of range
 ├── DeviceError                an unknown device, or one whose provider did not load
 ├── MissingDependencyError     an optional package is not installed
@@ -49,6 +50,10 @@ class NewerFormatError(BundleError):
 
 class DamagedBundleError(BundleError):
     """The manifest, the graph or the weight file is incomplete or inconsistent."""
+
+
+class PlanError(EchoAttError):
+    """A sharing plan is malformed, or does not fit the model."""
 
 
 class OptionError(EchoAttError):

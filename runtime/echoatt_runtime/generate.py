@@ -13,14 +13,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from echoatt_runtime.cache.kv_cache import KVCache, bucket_capacity
 from echoatt_runtime.errors import ContextOverflowError, PromptError
-from echoatt_runtime.kv_cache import KVCache, bucket_capacity
+from echoatt_runtime.executor.session import Session
+from echoatt_runtime.executor.step_buffers import Integers, Logits
 from echoatt_runtime.results import FinishReason, GenerationResult, TextPiece, Timings
 from echoatt_runtime.sampling import Sampler, SamplingParams
-from echoatt_runtime.session import Session
-from echoatt_runtime.step_buffers import Integers, Logits
-from echoatt_runtime.text_stream import Detokenizer, StopMatcher
-from echoatt_runtime.tokenizer import TextTokenizer
+from echoatt_runtime.text.text_stream import Detokenizer, StopMatcher
+from echoatt_runtime.text.tokenizer import TextTokenizer
 
 # Probabilities take chunk x capacity: small chunks save memory, large ones feed the cores.
 PREFILL_CHUNK: Final = 256
@@ -55,7 +55,7 @@ def iter_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
 
 
 def run_chunk(session: Session, cache: KVCache, chunk: Chunk, logits_indices: Integers) -> Logits:
-    """Runs one chunk, after making room for it; returns the logits, [B, n, V]."""
+    """Run one chunk, after making room for it; returns the logits, [B, n, V]."""
     valid = int(chunk.past_lengths.max())
     cache.reserve(valid + chunk.token_ids.shape[1], valid)
     return session.run(cache, chunk.token_ids, chunk.past_lengths, logits_indices)
@@ -67,7 +67,7 @@ def prefill(
     limit: int,
     chunk_size: int = PREFILL_CHUNK,
 ) -> tuple[KVCache, npt.NDArray[np.float32]]:
-    """Runs whole prompts.
+    """Run whole prompts.
 
     Args:
         session: The bundle's session.
@@ -181,11 +181,11 @@ class BatchDecoder:
         self._leaving: set[int] = set()
 
     def drop(self, row: int) -> None:
-        """Ends a row before its time, for a reason that tokens do not show."""
+        """End a row before its time, for a reason that tokens do not show."""
         self._leaving.add(row)
 
     def step(self) -> list[TokenStep]:
-        """Generates the next token of every row at work; none at all when all have finished."""
+        """Generate the next token of every row at work; none at all when all have finished."""
         if self._cache is None:
             self._cache, logits = prefill(
                 self._session, self._prompts, self._limit, self._chunk_size
@@ -228,7 +228,7 @@ class BatchDecoder:
 
 
 def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Checks that every prompt has tokens, all of them in the vocabulary.
+    """Check that every prompt has tokens, all of them in the vocabulary.
 
     Raises:
         PromptError: They are not, or there is no prompt.
@@ -270,7 +270,7 @@ class _TextRow:
         self._given_tokens = 0
 
     def add(self, step: TokenStep) -> TextPiece | None:
-        """Takes a step; returns a piece if there is text to show or the row has finished."""
+        """Take a step; returns a piece if there is text to show or the row has finished."""
         now = time.perf_counter()
         if not self._token_ids:
             self._first = now
@@ -320,7 +320,7 @@ def stream_batch(
     params: SamplingParams,
     chunk_size: int = PREFILL_CHUNK,
 ) -> Iterator[tuple[int, TextPiece]]:
-    """Generates text for a batch; yields (prompt index, piece) as pieces become certain.
+    """Generate text for a batch; yields (prompt index, piece) as pieces become certain.
 
     Args:
         session: The bundle's session.

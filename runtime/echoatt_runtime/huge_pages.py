@@ -45,7 +45,7 @@ def private_memory() -> frozenset[Region]:
 
 
 def merge_pages_since(before: frozenset[Region]) -> threading.Thread | None:
-    """Merges the pages of memory that is new, beside whatever the caller does next.
+    """Merge the pages of memory that is new, beside whatever the caller does next.
 
     It changes what no program can see but by its speed. Where the kernel has no room, is too old
     or is told never to, pages stay as they are.

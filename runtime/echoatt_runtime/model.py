@@ -13,8 +13,10 @@ from typing import TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from echoatt_runtime.chat import Message, render_chat
+from echoatt_runtime.cache.kv_cache import bucket_capacity
+from echoatt_runtime.contract.manifest import Manifest
 from echoatt_runtime.errors import ContextOverflowError, OptionError, PromptError
+from echoatt_runtime.executor.session import Session, open_session
 from echoatt_runtime.generate import (
     PREFILL_CHUNK,
     check_token_ids,
@@ -22,12 +24,10 @@ from echoatt_runtime.generate import (
     run_chunk,
     stream_batch,
 )
-from echoatt_runtime.kv_cache import bucket_capacity
-from echoatt_runtime.manifest import Manifest
 from echoatt_runtime.results import GenerationResult, TextPiece
 from echoatt_runtime.sampling import SamplingParams
-from echoatt_runtime.session import Session, open_session
-from echoatt_runtime.tokenizer import TextTokenizer
+from echoatt_runtime.text.chat import Message, render_chat
+from echoatt_runtime.text.tokenizer import TextTokenizer
 
 # Text, tokens, or the messages of a chat.
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -56,7 +56,7 @@ class EchoModel:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> EchoModel:
-        """Loads a bundle.
+        """Load a bundle.
 
         Args:
             path: The .onnx file, or a directory that holds model.onnx.
@@ -89,7 +89,7 @@ class EchoModel:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[GenerationResult]:
-        """Generates for one prompt or for a batch, whose prompts may differ in length.
+        """Generate for one prompt or for a batch, whose prompts may differ in length.
 
         Args:
             prompts: A prompt, or a list of them. A prompt is text, a list of tokens, or a list of
@@ -113,7 +113,7 @@ class EchoModel:
         return cast(list[GenerationResult], results)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
-        """Generates for one prompt and yields text as it becomes certain.
+        """Generate for one prompt and yields text as it becomes certain.
 
         Args:
             prompt: Text, a list of tokens, or a list of chat messages.

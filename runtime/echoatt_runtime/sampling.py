@@ -109,7 +109,7 @@ def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
 
 
 def keep_top_k(logits_V: Logits, k: int) -> Logits:
-    """Sets all but the `k` largest logits to -inf; those equal to the k-th stay too."""
+    """Set all but the `k` largest logits to -inf; those equal to the k-th stay too."""
     if k >= len(logits_V):
         return logits_V
     threshold = np.partition(logits_V, -k)[-k]
@@ -117,7 +117,7 @@ def keep_top_k(logits_V: Logits, k: int) -> Logits:
 
 
 def keep_top_p(logits_V: Logits, top_p: float) -> Logits:
-    """Sets all logits to -inf but the smallest set of largest ones with mass `top_p` or more.
+    """Set all logits to -inf but the smallest set of largest ones with mass `top_p` or more.
 
     At least one token stays. Among equally probable tokens those with lower ids come first.
     """
@@ -135,7 +135,7 @@ def keep_top_p(logits_V: Logits, top_p: float) -> Logits:
 
 
 def keep_min_p(logits_V: Logits, min_p: float) -> Logits:
-    """Sets logits to -inf whose probability is below `min_p` times the largest one's."""
+    """Set logits to -inf whose probability is below `min_p` times the largest one's."""
     threshold = logits_V.max() + np.float32(math.log(min_p))
     return _keep(logits_V, np.flatnonzero(logits_V >= threshold))
 
@@ -168,7 +168,7 @@ def _candidates(logits_V: Logits) -> tuple[npt.NDArray[np.intp] | range, Logits]
 
 
 def _draw(mass: npt.NDArray[np.float64], fraction: float) -> tuple[int, float]:
-    """Finds where `fraction` of the whole mass is reached, and how far inside that place it is."""
+    """Find where `fraction` of the whole mass is reached, and how far inside that place it is."""
     mass_up_to = np.cumsum(mass)
     target = fraction * mass_up_to[-1]
     # Rounding can lift the target to the whole mass; the last place with any mass is meant then.

@@ -95,7 +95,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def publish(
     results: Path, name: str, data: Any, markdown: str, packages: Sequence[str] = PACKAGES
 ) -> None:
-    """Write ``name.json`` and ``name.md``, and print the latter."""
+    """Write `name.json` and `name.md`, and print the latter."""
     results.mkdir(parents=True, exist_ok=True)
     text = f"{markdown}\n\n{provenance(packages)}\n"
     (results / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

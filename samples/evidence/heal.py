@@ -2,7 +2,7 @@
 
     .venv/bin/python -m samples.evidence.heal
 
-Takes the plans that ``untrained.py`` wrote. Two trainings run at a time, one thread each; killed
+Takes the plans that `untrained.py` wrote. Two trainings run at a time, one thread each; killed
 and started again it goes on where it stopped.
 """
 

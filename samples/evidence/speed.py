@@ -31,7 +31,7 @@ BATCHES = ((8, 256), (2, 1024))
 
 
 def _step(model: PreTrainedModel, tokens: torch.Tensor, **attention: Any) -> Callable[[], float]:
-    """A function that trains ``model`` for one step and tells the seconds it took."""
+    """A function that trains `model` for one step and tells the seconds it took."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 

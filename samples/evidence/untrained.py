@@ -3,7 +3,7 @@
     .venv/bin/python -m samples.evidence.untrained
 
 Plans are chosen on the training books and judged on the held-out ones. Writes each plan to
-``results/plans``; ``heal.py`` takes the cheapest of each ratio from there.
+`results/plans`; `heal.py` takes the cheapest of each ratio from there.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from echoatt_exporter.evaluate.models import open_model
 from echoatt_exporter.evaluate.perplexity import compare_documents
 from echoatt_exporter.evaluate.score import Interval, TextComparison
 from echoatt_exporter.texts import Text, texts_digest
-from echoatt_runtime.session import read_manifest
+from echoatt_runtime.executor.session import read_manifest
 
 EXACT, QUANTISED = "fp32", ("int8", "int4")
 PLAN = HERE / "results" / "plans" / "42-cost-aligned.json"

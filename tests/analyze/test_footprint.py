@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 
 from echoatt_exporter import SharingPlan, share_attention
 from echoatt_exporter.analyze.footprint import footprint_of
-from echoatt_exporter.errors import AnalysisError, PlanError
+from echoatt_exporter.errors import AnalysisError
+from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
 

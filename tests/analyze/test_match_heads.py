@@ -16,7 +16,7 @@ from echoatt_exporter import SharingPlan, share_attention
 from echoatt_exporter.analyze.match_heads import align_plan, match_heads
 from echoatt_exporter.analyze.similarity import HeadSimilarity, measure_similarity
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import PlanError
+from echoatt_runtime.errors import PlanError
 
 WINDOWS = torch.randint(3, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
 

@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from echoatt_exporter import SharingPlan, share_attention
 from echoatt_exporter.analyze import probe as probe_module
 from echoatt_exporter.analyze.probe import PlanProbe
-from echoatt_exporter.errors import AnalysisError, PlanError
+from echoatt_exporter.errors import AnalysisError
+from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
 

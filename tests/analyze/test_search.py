@@ -13,7 +13,7 @@ import torch
 from tests.tiny_models import VOCAB_SIZE
 
 from echoatt_exporter import SharingPlan
-from echoatt_exporter.analyze.moves import Moves
+from echoatt_exporter.analyze.neighbourhood import Neighbourhood
 from echoatt_exporter.analyze.probe import PlanProbe
 from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch, _front, search_plans
 from echoatt_exporter.analyze.similarity import measure_similarity
@@ -53,12 +53,12 @@ def test_the_search_comes_near_the_best_of_all_plans(
     plans = list(every_plan(6))
     assert len(plans) == 203
     costs = {plan: probe.measure(SharingPlan(plan)).kl for plan in plans}
-    moves = Moves(result.pair_costs)
-    by_sum = moves.cheapest_by_sum(5)
+    near = Neighbourhood(result.pair_costs)
+    by_sum = near.cheapest_by_sum(5)
     for count in range(1, 6):
         level = [plan for plan in plans if len(SharingPlan(plan).followers) == count]
-        summed = min(level, key=moves.additive_cost)
-        assert moves.additive_cost(by_sum[count - 1]) == moves.additive_cost(summed)
+        summed = min(level, key=near.additive_cost)
+        assert near.additive_cost(by_sum[count - 1]) == near.additive_cost(summed)
         found = min(c.cost.kl for c in result.candidates if len(c.plan.followers) == count)
         assert min(costs[plan] for plan in level) <= found <= costs[summed]
         assert found <= 1.1 * min(costs[plan] for plan in level)
@@ -75,23 +75,23 @@ def test_the_search_comes_near_the_best_of_all_plans(
 def test_moves_reach_every_plan_and_only_plans() -> None:
     costs = np.tril(np.random.default_rng(0).random((5, 5)), -1)
     costs[np.triu_indices(5)] = np.nan
-    moves = Moves(costs)
+    near = Neighbourhood(costs)
     plans = set(every_plan(5))
-    level = {moves.unshared}
+    level = {near.unshared}
     reached = set(level)
     for _ in range(4):
-        level = {near for plan in level for near in moves.grown(plan)}
-        level |= {near for plan in level for near in moves.swapped(plan)}
-        level |= {near for plan in level for near in moves.swapped(plan)}
+        level = {near for plan in level for near in near.grown(plan)}
+        level |= {near for plan in level for near in near.swapped(plan)}
+        level |= {near for plan in level for near in near.swapped(plan)}
         reached |= level
     assert reached == plans
     for plan in plans:
         followers = len(SharingPlan(plan).followers)
-        assert all(len(SharingPlan(p).followers) == followers + 1 for p in moves.grown(plan))
-        assert all(len(SharingPlan(p).followers) == followers for p in moves.swapped(plan))
+        assert all(len(SharingPlan(p).followers) == followers + 1 for p in near.grown(plan))
+        assert all(len(SharingPlan(p).followers) == followers for p in near.swapped(plan))
     # layer 1 takes its follower 3 along to where it costs least, which need not be its own source
     costs[3, :3] = [0.3, 0.1, 0.2]
-    assert (0, 0, 2, 2, 4) in Moves(costs).grown((0, 1, 2, 1, 4))
+    assert (0, 0, 2, 2, 4) in Neighbourhood(costs).grown((0, 1, 2, 1, 4))
 
 
 def uniform_layers(tiny_model: Models, *layers: int) -> Any:

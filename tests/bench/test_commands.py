@@ -1,4 +1,4 @@
-"""``echoatt bench``: what it makes, prints and refuses."""
+"""`echoatt bench`: what it makes, prints and refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK += ("--threads", "1")
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(*arguments)``: exit code, standard output and standard error of ``echoatt bench``."""
+    """`run(*arguments)`: exit code, standard output and standard error of `echoatt bench`."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

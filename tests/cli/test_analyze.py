@@ -1,4 +1,4 @@
-"""``echoatt analyze``: a folder with a plan and a report, or one line that says why not."""
+"""`echoatt analyze`: a folder with a plan and a report, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from echoatt_cli import main
 from echoatt_cli.analyze import _METHODS
-from echoatt_exporter import SharingPlan, load_student
+from echoatt_exporter import SharingPlan, load_shared
 from echoatt_exporter.analyze.choice import Method
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 from echoatt_exporter.share.checkpoint import load_teacher
@@ -58,7 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(*arguments)``: exit code, standard output and standard error of ``echoatt``."""
+    """`run(*arguments)`: exit code, standard output and standard error of `echoatt`."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -124,7 +124,7 @@ def test_the_plan_is_what_was_measured(by_cost: Analysis, checkpoint: Path, text
     """Student and teacher are run here, on the calibration windows."""
     plan = SharingPlan.load(by_cost.out / "plan.json")
     windows = sample_windows(read_texts([text]), load_tokenizer(checkpoint), length=24, count=200)
-    teacher, student = load_teacher(checkpoint), load_student(checkpoint, plan)
+    teacher, student = load_teacher(checkpoint), load_shared(checkpoint, plan)
     with torch.no_grad():
         expected, found = (
             model(input_ids=windows).logits.double().log_softmax(-1) for model in (teacher, student)
@@ -264,7 +264,7 @@ def test_students_and_directories_without_a_tokenizer_are_refused(
     checkpoint: Path, text: Path, run: Run, tmp_path: Path
 ) -> None:
     command = ("--text", text, "--out", tmp_path / "o", "--length", LENGTH)
-    student = load_student(checkpoint, "1:0")
+    student = load_shared(checkpoint, "1:0")
     student.save_pretrained(tmp_path / "student")
     code, _, err = run("analyze", tmp_path / "student", *command)
     assert code == 2

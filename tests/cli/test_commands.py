@@ -67,7 +67,7 @@ def shared(exported: tuple[Path, dict[str, object]], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``run(*arguments)``: exit code, standard output and standard error of ``echoatt``."""
+    """`run(*arguments)`: exit code, standard output and standard error of `echoatt`."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()  # what the test itself printed before

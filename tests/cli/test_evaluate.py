@@ -1,4 +1,4 @@
-"""``echoatt evaluate``: one model or two, for people and for programs."""
+"""`echoatt evaluate`: one model or two, for people and for programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echoatt_cli import main
-from echoatt_exporter import export_bundle, load_student
+from echoatt_exporter import export_bundle, load_shared
 from echoatt_exporter.evaluate.models import open_model
 from echoatt_exporter.evaluate.perplexity import compare_documents
 from echoatt_exporter.share.checkpoint import save_student
@@ -23,7 +23,7 @@ TEXT = TEACHER / "README.md"
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("students") / "student"
-    save_student(load_student(TEACHER, "1:0,2:0,3:0"), path, TEACHER)
+    save_student(load_shared(TEACHER, "1:0,2:0,3:0"), path, TEACHER)
     return path
 
 

@@ -1,4 +1,4 @@
-"""``echoatt share``: what it writes, what it says, what it refuses."""
+"""`echoatt share`: what it writes, what it says, what it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tests.tiny_models import build_tiny_model
 
 from echoatt_cli import main
-from echoatt_exporter import SharingPlan, load_student
+from echoatt_exporter import SharingPlan, load_shared
 
 PLAN = SharingPlan((0, 1, 1), ((), (), (3, 2, 0, 1)))
 
@@ -32,12 +32,12 @@ def test_share_writes_the_student_and_says_what_became_smaller(
     assert err == ""
     assert out.startswith("plan: ● ● 1   (1 of 3 layers follow, 33%;")
 
-    loaded, tokens = load_student(student, None), torch.arange(3, 20)[None]
-    assert torch.equal(loaded(tokens).logits, load_student(teacher, PLAN)(tokens).logits)
+    loaded, tokens = load_shared(student, None), torch.arange(3, 20)[None]
+    assert torch.equal(loaded(tokens).logits, load_shared(teacher, PLAN)(tokens).logits)
 
     assert main(["share", str(teacher), str(tmp_path / "s2"), "--share", "2:1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    counts = [load_student(teacher, None).num_parameters(), loaded.num_parameters()]
+    counts = [load_shared(teacher, None).num_parameters(), loaded.num_parameters()]
     # 3 layers, each with keys and values of 2 heads of 12 float32, but for one layer's keys
     cache = [6 * 2 * 12 * 4, 5 * 2 * 12 * 4]
     assert report == {
@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "{tmp}/student" in arguments:
-        load_student(teacher, "2:1").save_pretrained(tmp_path / "student")
+        load_shared(teacher, "2:1").save_pretrained(tmp_path / "student")
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     places = {"tmp": tmp_path, "teacher": teacher}

@@ -15,14 +15,14 @@ from tests.tiny_models import build_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from echoatt_exporter import SharingPlan, load_student
+from echoatt_exporter import SharingPlan, load_shared
 from echoatt_exporter.share.checkpoint import save_student
 
 WORDS = 58
 
 
 def save_teacher(directory: Path, **fields: Any) -> Path:
-    """A teacher of 3 layers whose tokenizer has the words ``w0`` to ``w57`` and an end of text."""
+    """A teacher of 3 layers whose tokenizer has the words `w0` to `w57` and an end of text."""
     build_tiny_model("llama", num_hidden_layers=3, **fields).save_pretrained(directory)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n + 3 for n in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -35,7 +35,7 @@ def save_teacher(directory: Path, **fields: Any) -> Path:
 
 def save_student_of(teacher: Path, directory: Path) -> Path:
     """The teacher with its last layer following the one before."""
-    save_student(load_student(teacher, SharingPlan((0, 1, 1))), directory, teacher)
+    save_student(load_shared(teacher, SharingPlan((0, 1, 1))), directory, teacher)
     return directory
 
 

@@ -20,7 +20,7 @@ import torch
 from tests.distill.conftest import save_student_of, save_teacher
 
 from echoatt_cli import main
-from echoatt_exporter import load_student
+from echoatt_exporter import load_shared
 from echoatt_exporter.distill import healing_student
 from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.distill.healing_student import HealingStudent
@@ -51,7 +51,7 @@ CONFIG = DistillConfig(
 
 
 def _arguments(teacher: Path, student: Path, text: Path, out: Path) -> list[str]:
-    """The command line that says the same as ``CONFIG``."""
+    """The command line that says the same as `CONFIG`."""
     given = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in {
@@ -79,7 +79,7 @@ def _assert_same_curve(actual: Path, expected: Path, tolerance: float = 1e-6) ->
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    return dict(load_student(directory, None).state_dict())
+    return dict(load_shared(directory, None).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_run_heals_the_student_and_says_how(
         *((1, step, 6) for step in range(7)),
         *((2, step, 4) for step in range(5)),
     ]
-    healed, before = load_student(out / "student", None), load_student(student_dir, None)
+    healed, before = load_shared(out / "student", None), load_shared(student_dir, None)
     assert healed.sources == before.sources == [0, 1, 1]
     configs = [json.loads((d / "config.json").read_text()) for d in (out / "student", student_dir)]
     assert configs[0] == configs[1]
@@ -357,7 +357,7 @@ def test_bfloat16_checkpointing_and_recomputed_attention_together(
     assert all(map(math.isfinite, losses))
     assert sum(losses[3:6]) < sum(losses[:3])
     assert sum(losses[8:]) < sum(losses[6:8])
-    assert load_student(out / "student", None).dtype == torch.float32
+    assert load_shared(out / "student", None).dtype == torch.float32
 
 
 def test_a_teacher_alone_is_trained_as_the_control(
@@ -368,11 +368,11 @@ def test_a_teacher_alone_is_trained_as_the_control(
     report = distill(teacher, teacher, [text], tmp_path / "out", config)
     assert report is not None
     assert list(report.losses) == [2]
-    control = load_student(report.student, None)
+    control = load_shared(report.student, None)
     assert control.sources == [0, 1, 2]
     assert not torch.equal(
         control.decoder.model.layers[2].self_attn.q_proj.weight,
-        load_student(teacher, None).decoder.model.layers[2].self_attn.q_proj.weight,
+        load_shared(teacher, None).decoder.model.layers[2].self_attn.q_proj.weight,
     )
 
 

@@ -1,6 +1,6 @@
 """A process that heals, as the command line does, and may kill itself.
 
-``python -m tests.distill.worker KILL_AT ARGUMENTS…``: after step KILL_AT of stage 1 the process
+`python -m tests.distill.worker KILL_AT ARGUMENTS…`: after step KILL_AT of stage 1 the process
 gets SIGKILL, which nothing can catch; 0 for never.
 """
 

@@ -1,4 +1,4 @@
-"""A tokenizer for tiny models: the word ``w7`` is token 7."""
+"""A tokenizer for tiny models: the word `w7` is token 7."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Callable[[bool], PreTrainedTokenizerBase]:
-    """``tokenizer_of(leads)``: with or without ``<s>`` before every text."""
+    """`tokenizer_of(leads)`: with or without `<s>` before every text."""
     from tests.tiny_models import VOCAB_SIZE
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -19,11 +19,11 @@ from echoatt_exporter.evaluate.models import (
     open_model,
 )
 from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import save_student
 from echoatt_exporter.texts import Text
+from echoatt_runtime.contract.plan import SharingPlan
 from echoatt_runtime.errors import DamagedBundleError, DeviceError
-from echoatt_runtime.session import Session, open_session
+from echoatt_runtime.executor.session import Session, open_session
 
 Doubles = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from echoatt_exporter import load_student
+from echoatt_exporter import load_shared
 from echoatt_exporter.evaluate.models import CheckpointModel
 from echoatt_exporter.evaluate.perplexity import score_documents
 from echoatt_exporter.share.checkpoint import save_student
@@ -57,7 +57,7 @@ def test_harness_and_project_agree_on_bits_a_byte(tmp_path: Path) -> None:
     student_dir, documents = tmp_path / "student", tmp_path / "documents.jsonl"
     teacher = SAMPLES / "tiny-books"
     pairs = "1:0,2:0,3:0"
-    save_student(load_student(teacher, pairs, dtype=torch.float32), student_dir, teacher)
+    save_student(load_shared(teacher, pairs, dtype=torch.float32), student_dir, teacher)
     paragraphs = (teacher / "README.md").read_text(encoding="utf-8").split("\n\n")[:5]
     documents.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
     (tmp_path / "task.yaml").write_text(TASK.format(documents=documents))
@@ -81,13 +81,13 @@ def test_harness_and_project_agree_on_bits_a_byte(tmp_path: Path) -> None:
     (results,) = (tmp_path / "results").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]["local_text"]["bits_per_byte,none"]
 
-    student, tokenizer = load_student(student_dir, None), load_tokenizer(student_dir)
+    student, tokenizer = load_shared(student_dir, None), load_tokenizer(student_dir)
     texts = read_texts([documents])
     ours = score_documents(CheckpointModel(student, tokenizer), texts, length=512, stride=256)
     assert ours.bytes == sum(len(part.encode()) for part in paragraphs)
     assert theirs == pytest.approx(ours.bits_per_byte, rel=1e-5)
     # Sharing shows in the figure, so that the line above compares the student and not its teacher
-    unshared = load_student(teacher, None, dtype=torch.float32)
+    unshared = load_shared(teacher, None, dtype=torch.float32)
     of_teacher = score_documents(
         CheckpointModel(unshared, tokenizer), texts, length=512, stride=256
     )

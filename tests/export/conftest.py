@@ -21,7 +21,7 @@ def _layers(name: str) -> int:
 
 @pytest.fixture(scope="session")
 def short_plan() -> Callable[[str], SharingPlan]:
-    """``short_plan(name)``: the plan of :func:`short_checkpoint`, at least 40 % followers."""
+    """`short_plan(name)`: the plan of `short_checkpoint`, at least 40 % followers."""
 
     def plan(name: str) -> SharingPlan:
         found = SharingPlan(TINY_MODELS[name].sources[: _layers(name)])
@@ -33,7 +33,7 @@ def short_plan() -> Callable[[str], SharingPlan]:
 
 @pytest.fixture(scope="session")
 def short_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``short_checkpoint(name)``: the directory of a tiny model with its first layers only."""
+    """`short_checkpoint(name)`: the directory of a tiny model with its first layers only."""
     made: dict[str, Path] = {}
 
     def checkpoint(name: str) -> Path:

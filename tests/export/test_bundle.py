@@ -26,9 +26,9 @@ from echoatt_exporter import (
     export_bundle,
     rewrite_bundle,
 )
-from echoatt_exporter.bundle import BundlePath, copy_checkpoint_files, write_bundle
+from echoatt_exporter.bundle.write import BundlePath, copy_checkpoint_files, write_bundle
 from echoatt_runtime import BundleError, BundleNotFoundError, EchoModel
-from echoatt_runtime.session import read_manifest
+from echoatt_runtime.executor.session import read_manifest
 
 PAIRS = "2:1,3:1"
 

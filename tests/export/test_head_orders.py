@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from tests.tiny_models import build_tiny_model
 
-from echoatt_exporter import PlanError, SharingPlan, check_parity, export_bundle, load_student
+from echoatt_exporter import PlanError, SharingPlan, check_parity, export_bundle, load_shared
 from echoatt_exporter.export import moved_heads
-from echoatt_runtime.manifest import METADATA_KEY, Manifest
+from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest
 
 PLAN = SharingPlan((0, 1, 1), ((), (), (3, 2, 0, 1)))
 
@@ -19,7 +19,7 @@ PLAN = SharingPlan((0, 1, 1), ((), (), (3, 2, 0, 1)))
 def test_a_bundle_remembers_the_order_that_its_teacher_was_given(tmp_path: Path) -> None:
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     build_tiny_model("llama", num_hidden_layers=3).save_pretrained(teacher)
-    load_student(teacher, PLAN).save_pretrained(student)
+    load_shared(teacher, PLAN).save_pretrained(student)
 
     report = export_bundle(teacher, tmp_path / "bundle", PLAN)
     assert report.manifest.head_orders == moved_heads(teacher, PLAN) == PLAN.head_orders

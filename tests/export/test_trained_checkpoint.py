@@ -11,7 +11,7 @@ import torch
 from tests.oracle_llama import LlamaOracle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from echoatt_exporter import ExportReport, export_bundle, load_student, rewrite_bundle
+from echoatt_exporter import ExportReport, export_bundle, load_shared, rewrite_bundle
 from echoatt_runtime import EchoModel, SamplingParams
 
 PROMPTS = ("Once upon a time", "Lily and Ben went to the park", "The big dog was sad because")
@@ -50,7 +50,7 @@ def test_200_greedy_tokens_are_those_of_transformers(
 ) -> None:
     report: ExportReport = request.getfixturevalue("shared" if pairs else "unshared")
     torch_model: PreTrainedModel = (
-        load_student(stories260k, pairs)
+        load_shared(stories260k, pairs)
         if pairs
         else AutoModelForCausalLM.from_pretrained(stories260k)
     )
@@ -70,7 +70,7 @@ def test_logits_are_those_of_transformers_and_of_the_oracle(
     tokens = AutoTokenizer.from_pretrained(stories260k)(" ".join(PROMPTS)).input_ids
     logits = EchoModel.load(report.model).logits(tokens)
     torch_model = (
-        load_student(stories260k, pairs)
+        load_shared(stories260k, pairs)
         if pairs
         else AutoModelForCausalLM.from_pretrained(stories260k)
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from echoatt_exporter.passes._attention import find_attention
+from echoatt_exporter.graph.attention import find_attention
 
 
 def _new(before: Any, op: str, inputs: Sequence[Any], **attributes: Any) -> Any:
@@ -78,13 +78,13 @@ def _mask_use(model: ir.Model, layer: int) -> Any:
 
 
 def _positions_along(at: Any, value: Any, axis: int) -> Any:
-    """0, 1, 2, … along an axis of ``value``."""
+    """0, 1, 2, … along an axis of `value`."""
     size = _new(at, "Shape", [value], start=axis, end=axis + 1)
     return _new(at, "Range", [np.array(0), _new(at, "Squeeze", [size, _int(0)]), np.array(1)])
 
 
 def drop_mask_row(model: ir.Model, layer: int, row: int) -> None:
-    """The token number ``row`` of each call sees everything, in one layer."""
+    """The token number `row` of each call sees everything, in one layer."""
     add = _mask_use(model, layer)
     rows = _new(add, "Unsqueeze", [_positions_along(add, add.inputs[1], 2), _int(1)])
     _use(
@@ -99,7 +99,7 @@ def drop_mask_row(model: ir.Model, layer: int, row: int) -> None:
 
 
 def see_one_future_token(model: ir.Model, layer: int, row: int) -> None:
-    """The token number ``row`` of each call sees cache slot ``row + 1``, in one layer."""
+    """The token number `row` of each call sees cache slot `row + 1`, in one layer."""
     add = _mask_use(model, layer)
     rows = _new(add, "Unsqueeze", [_positions_along(add, add.inputs[1], 2), _int(1)])
     columns = _positions_along(add, add.inputs[1], 3)
@@ -115,7 +115,7 @@ def see_one_future_token(model: ir.Model, layer: int, row: int) -> None:
 
 
 def shift_window(model: ir.Model, window: int, by: int) -> None:
-    """Every layer's window is ``by`` tokens wider."""
+    """Every layer's window is `by` tokens wider."""
     nodes: list[Any] = [node for node in model.graph if node.op_type == "Sub"]
     subtracted = [node.inputs[1].const_value for node in nodes]
     (node,) = (
@@ -142,7 +142,7 @@ def _rotary_cast(model: ir.Model) -> Any:
 
 
 def rotate_one_token_further(model: ir.Model, row: int) -> None:
-    """The rotary position of the token number ``row`` of each call is one too large."""
+    """The rotary position of the token number `row` of each call is one too large."""
     cast = _rotary_cast(model)
     rows = _new(cast, "Unsqueeze", [_positions_along(cast, cast.inputs[0], 1), _int(1)])
     extra = _new(cast, "Cast", [_new(cast, "Equal", [rows, np.array(row)])], to=ir.DataType.INT64)
@@ -174,7 +174,7 @@ def write_to_first_rows_place(model: ir.Model, layer: int) -> None:
 
 
 def forget_after_bucket(model: ir.Model, layer: int, capacity: int) -> None:
-    """Cache slots from ``capacity`` on are hidden in one layer."""
+    """Cache slots from `capacity` on are hidden in one layer."""
     add = _mask_use(model, layer)
     columns = _positions_along(add, add.inputs[1], 3)
     kept = _new(add, "Less", [columns, np.array(capacity)])
@@ -200,7 +200,7 @@ def double_epsilon(model: ir.Model) -> None:
 
 
 def scale_weight(model: ir.Model, name: str, factor: float) -> None:
-    """A weight is multiplied by ``factor``."""
+    """A weight is multiplied by `factor`."""
     weight = model.graph.initializers[name]
     assert weight.const_value is not None
     scaled = weight.const_value.numpy() * np.float32(factor)

@@ -13,12 +13,17 @@ import torch
 from tests.parity import mutants
 from tests.parity.conftest import CONTEXT, make_manifest
 
-from echoatt_exporter.errors import CheckpointError, ParityError, PlanError
+from echoatt_exporter.errors import CheckpointError, ParityError
 from echoatt_exporter.parity import assert_parity, check_parity, compare, record_reference
 from echoatt_exporter.parity.cases import write_script
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
-from echoatt_runtime.errors import BundleNotFoundError, DamagedBundleError, NumericalError
+from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.errors import (
+    BundleNotFoundError,
+    DamagedBundleError,
+    NumericalError,
+    PlanError,
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from tests.parity import mutants
 
+from echoatt_exporter.graph import QuantizeWeights
 from echoatt_exporter.parity import compare, record_reference
 from echoatt_exporter.parity.arithmetic import (
     float32_arithmetic,
     quantised_weights,
     round_trip,
 )
-from echoatt_exporter.passes import QuantizeWeights
-from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE, quantize_blocks
-from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks
 from echoatt_exporter.share.apply import share_attention
+from echoatt_runtime.contract.plan import SharingPlan
 from echoatt_runtime.errors import DamagedBundleError
 
 ROUNDED = "ragged batch, rounded weights"

@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
 
 from echoatt_runtime import EchoModel
-from echoatt_runtime.manifest import METADATA_KEY, Manifest, SourceCheckpoint
-from echoatt_runtime.session import Session, open_session
+from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest, SourceCheckpoint
+from echoatt_runtime.executor.session import Session, open_session
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(BYTES), len(BYTES) + 1

@@ -22,6 +22,7 @@ EXPORTED = [
     "NewerFormatError",
     "NumericalError",
     "OptionError",
+    "PlanError",
     "PromptError",
     "SamplingError",
     "SamplingParams",

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from echoatt_runtime import ContextOverflowError, NumericalError, PromptError, SamplingParams
+from echoatt_runtime.executor.session import open_session
 from echoatt_runtime.generate import BatchDecoder, iter_chunks, prefill
-from echoatt_runtime.session import open_session
 
 GENERATOR = np.random.default_rng(3)
 # Lengths on both sides of chunks and buckets.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from echoatt_runtime import huge_pages
+from echoatt_runtime.executor.session import open_session
 from echoatt_runtime.huge_pages import Region, merge_pages_since, private_memory
-from echoatt_runtime.session import open_session
 
 MB = 1 << 20
 
@@ -138,7 +138,7 @@ def test_a_sandbox_without_the_kernels_files_is_none_either(tmp_path, monkeypatc
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's own account")
 def test_a_session_on_the_cpu_asks_for_its_memory(bundle, monkeypatch):
     asked = []
-    monkeypatch.setattr("echoatt_runtime.session.private_memory", lambda: "before")
-    monkeypatch.setattr("echoatt_runtime.session.merge_pages_since", asked.append)
+    monkeypatch.setattr("echoatt_runtime.executor.session.private_memory", lambda: "before")
+    monkeypatch.setattr("echoatt_runtime.executor.session.merge_pages_since", asked.append)
     open_session(bundle)
     assert asked == ["before"]

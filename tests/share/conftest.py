@@ -27,7 +27,7 @@ def tokens() -> torch.Tensor:
 def student_of(
     tiny_model: Callable[..., PreTrainedModel], plan_for: Callable[[str], SharingPlan]
 ) -> Callable[..., EchoAttForCausalLM]:
-    """``student_of(family, plan=None, **fields)``: a tiny student, by default with its plan."""
+    """`student_of(family, plan=None, **fields)`: a tiny student, by default with its plan."""
 
     def build(name: str, plan: SharingPlan | None = None, **fields: object) -> EchoAttForCausalLM:
         return share_attention(tiny_model(name, **fields), plan or plan_for(name))
@@ -39,7 +39,7 @@ def student_of(
 def reference_of(
     tiny_model: Callable[..., PreTrainedModel], plan_for: Callable[[str], SharingPlan]
 ) -> Callable[..., PreTrainedModel]:
-    """``reference_of(family, plan=None, **fields)``: the same, shared by hand."""
+    """`reference_of(family, plan=None, **fields)`: the same, shared by hand."""
 
     def build(name: str, plan: SharingPlan | None = None, **fields: object) -> PreTrainedModel:
         return share_by_hand(tiny_model(name, **fields), (plan or plan_for(name)).sources)

@@ -1,4 +1,4 @@
-"""One process of two that train a student data parallel: ``python -m … OUT_DIR RANK``."""
+"""One process of two that train a student data parallel: `python -m … OUT_DIR RANK`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def model() -> EchoAttForCausalLM:
 
 
 def rows(rank: int) -> torch.Tensor:
-    """The token ids [2, 17] of process ``rank``."""
+    """The token ids [2, 17] of process `rank`."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(3, VOCAB_SIZE, (2, 17), generator=generator)
 
 
 def main() -> None:
-    """Run one step and save this process's gradients as ``OUT_DIR/RANK.pt``."""
+    """Run one step and save this process's gradients as `OUT_DIR/RANK.pt`."""
     out, rank = Path(sys.argv[1]), int(sys.argv[2])
     # A worker that hangs ends and says where
     faulthandler.dump_traceback_later(150, exit=True)

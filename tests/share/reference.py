@@ -23,9 +23,9 @@ def share_by_hand(
     sources: Sequence[int],
     orders: Mapping[int, Sequence[int]] | None = None,
 ) -> PreTrainedModel:
-    """Make ``teacher`` use ``sources``, in place, and return it.
+    """Make `teacher` use `sources`, in place, and return it.
 
-    ``orders[layer][h]`` is the head of a follower that uses head ``h`` of its source's.
+    `orders[layer][h]` is the head of a follower that uses head `h` of its source's.
     """
     orders = orders or {}
     latest: dict[int, torch.Tensor] = {}

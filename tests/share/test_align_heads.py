@@ -11,10 +11,10 @@ import torch
 from tests.share.reference import share_by_hand
 from tests.tiny_models import TINY_MODELS, every_family
 
-from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_student, share_attention
+from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_shared, share_attention
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import PlanError
 from echoatt_exporter.share.align_heads import reorder_heads
+from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
 Check = Callable[[torch.Tensor, torch.Tensor], None]
@@ -36,7 +36,7 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
 
 @pytest.fixture
 def teacher_of(tiny_model: Models) -> Models:
-    """``teacher_of(family)`` with enough key/value groups to tell an order from its inverse."""
+    """`teacher_of(family)` with enough key/value groups to tell an order from its inverse."""
 
     def build(name: str) -> Any:
         family = TINY_MODELS[name].family
@@ -92,7 +92,7 @@ def test_a_saved_student_has_the_order_in_its_weights(
     student: EchoAttForCausalLM = share_attention(tiny_model("llama"), plan)
     student.save_pretrained(tmp_path)
     for asked in (None, plan, "2:1"):
-        loaded = load_student(tmp_path, asked)
+        loaded = load_shared(tmp_path, asked)
         assert torch.equal(loaded(tokens).logits, student(tokens).logits)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from echoatt_exporter import EchoAttConfig, EchoAttForCausalLM, SharingPlan, share_attention
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import PlanError, UnsupportedModelError
+from echoatt_exporter.errors import UnsupportedModelError
+from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
 

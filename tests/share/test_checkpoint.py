@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, T5Config, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
-from echoatt_exporter import SharingPlan, load_student, share_attention
-from echoatt_exporter.errors import CheckpointError, PlanError, UnsupportedModelError
+from echoatt_exporter import SharingPlan, load_shared, share_attention
+from echoatt_exporter.errors import CheckpointError, UnsupportedModelError
 from echoatt_exporter.share import checkpoint
 from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher, save_student
+from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
 WEIGHTS = "model.safetensors"
@@ -59,9 +60,9 @@ def _edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obj
 def _refused(
     error: type[Exception], directory: Path, *parts: str, plan: SharingPlan | None = None
 ) -> None:
-    """``load_student`` refuses with exactly ``error``, in one line that has every part in it."""
+    """`load_shared` refuses with exactly `error`, in one line that has every part in it."""
     with pytest.raises(error) as caught:
-        load_student(directory, plan)
+        load_shared(directory, plan)
     assert type(caught.value) is error
     message = str(caught.value)
     assert "\n" not in message
@@ -94,11 +95,11 @@ def test_teacher_and_plan(
     teacher_dir: Path, student_of: Models, plan_for: Models, tokens: torch.Tensor
 ) -> None:
     plan = plan_for("llama")
-    student = load_student(teacher_dir, plan)
+    student = load_shared(teacher_dir, plan)
     assert student.sources == list(plan.sources)
     assert not student.training
     assert torch.equal(student(tokens).logits, student_of("llama")(tokens).logits)
-    assert load_student(teacher_dir, None).sources == [0, 1, 2, 3, 4, 5]
+    assert load_shared(teacher_dir, None).sources == [0, 1, 2, 3, 4, 5]
 
 
 @torch.no_grad()
@@ -112,8 +113,8 @@ def test_load_teacher_gives_the_plain_model(
 
 def test_student_directory_brings_its_plan(student_dir: Path, plan_for: Models) -> None:
     own = plan_for("llama")
-    assert load_student(student_dir, None).sources == list(own.sources)
-    assert load_student(student_dir, own).sources == list(own.sources)
+    assert load_shared(student_dir, None).sources == list(own.sources)
+    assert load_shared(student_dir, own).sources == list(own.sources)
     _refused(
         PlanError,
         student_dir,
@@ -125,9 +126,9 @@ def test_student_directory_brings_its_plan(student_dir: Path, plan_for: Models) 
 
 
 def test_shards_and_text_paths(teacher_dir: Path) -> None:
-    expected = load_student(teacher_dir, None).state_dict()
+    expected = load_shared(teacher_dir, None).state_dict()
     _shard(teacher_dir)
-    actual = load_student(str(teacher_dir), None).state_dict()
+    actual = load_shared(str(teacher_dir), None).state_dict()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -138,8 +139,8 @@ def test_dtype_is_the_files_own_whatever_the_config_says(
 ) -> None:
     _edit_tensors(teacher_dir, lambda t: t.update({k: v.to(stored) for k, v in t.items()}))
     _edit_config(teacher_dir, dtype="float64")
-    assert load_student(teacher_dir, None).dtype == stored
-    assert load_student(teacher_dir, None, dtype=torch.float64).dtype == torch.float64
+    assert load_shared(teacher_dir, None).dtype == stored
+    assert load_shared(teacher_dir, None, dtype=torch.float64).dtype == torch.float64
 
 
 def test_tied_head_may_be_absent_and_known_leftovers_present(
@@ -147,12 +148,12 @@ def test_tied_head_may_be_absent_and_known_leftovers_present(
 ) -> None:
     tiny_model("llama_tied_biased").save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / WEIGHTS)
-    student = load_student(tmp_path / "tied", None)
+    student = load_shared(tmp_path / "tied", None)
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     tiny_model("gpt_neox").save_pretrained(tmp_path / "neox")
     mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
     _edit_tensors(tmp_path / "neox", lambda t: t.update({"gpt_neox.layers.0.attention.bias": mask}))
-    load_student(tmp_path / "neox", None)
+    load_shared(tmp_path / "neox", None)
 
 
 def test_code_beside_a_known_model_type_is_not_run(
@@ -160,7 +161,7 @@ def test_code_beside_a_known_model_type_is_not_run(
 ) -> None:
     _edit_config(teacher_dir, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
     (teacher_dir / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    load_student(teacher_dir, None)
+    load_shared(teacher_dir, None)
     assert not (tmp_path / "ran").exists()
 
 
@@ -174,7 +175,7 @@ def test_trusted_code_runs_and_must_be_built_like_the_family(
     (teacher_dir / "modeling_own.py").write_text(code)
     assert type(load_teacher(teacher_dir)).__name__ == "LlamaForCausalLM"
     assert type(load_teacher(teacher_dir, trust_remote_code=True)).__name__ == "Own"
-    student = load_student(teacher_dir, SharingPlan((0, 1, 1, 1, 4, 4)), trust_remote_code=True)
+    student = load_shared(teacher_dir, SharingPlan((0, 1, 1, 1, 4, 4)), trust_remote_code=True)
     assert type(student.decoder).__name__ == "Own"
     code += "    def __init__(self, config):\n        super().__init__(config)\n"
     code += "        self.model.blocks = self.model.__dict__['_modules'].pop('layers')\n"
@@ -193,16 +194,16 @@ def test_loading_is_silent_and_restores_the_settings(
     transformers_logging.set_verbosity(logging.INFO)
     transformers_logging.enable_progress_bar()
     try:
-        load_student(teacher_dir, None)
+        load_shared(teacher_dir, None)
         _edit_tensors(teacher_dir, lambda t: t.pop(QUERIES))
         with pytest.raises(CheckpointError):
-            load_student(teacher_dir, None)
+            load_shared(teacher_dir, None)
         assert capfd.readouterr() == ("", "")
         assert transformers_logging.get_verbosity() == logging.INFO
         assert transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         with pytest.raises(CheckpointError):
-            load_student(teacher_dir, None)
+            load_shared(teacher_dir, None)
         assert not transformers_logging.is_progress_bar_enabled()
     finally:
         transformers_logging.set_verbosity(level)
@@ -219,7 +220,7 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
 
 def test_hub_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
-        load_student("TinyLlama/TinyLlama-1.1B", None)
+        load_shared("TinyLlama/TinyLlama-1.1B", None)
 
 
 def test_file_is_refused(teacher_dir: Path) -> None:
@@ -259,7 +260,7 @@ def test_model_that_is_no_decoder_is_refused(config: Any, teacher_dir: Path) -> 
 def test_decoder_of_another_family_is_refused(teacher_dir: Path) -> None:
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(teacher_dir)
     with pytest.raises(UnsupportedModelError, match="model type 'gpt2' is not supported"):
-        load_student(teacher_dir, None)
+        load_shared(teacher_dir, None)
     with pytest.raises(UnsupportedModelError, match="model type 'gpt2' is not supported"):
         load_teacher(teacher_dir)
 
@@ -288,7 +289,7 @@ def test_quantised_checkpoint_is_refused(teacher_dir: Path) -> None:
 def test_plan_that_does_not_fit_is_refused_before_weights_are_read(teacher_dir: Path) -> None:
     (teacher_dir / WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(PlanError, match="the plan has 2 layers and the model 6"):
-        load_student(teacher_dir, SharingPlan((0, 0)))
+        load_shared(teacher_dir, SharingPlan((0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -447,9 +448,9 @@ def test_weights_that_are_not_finite_are_refused(
 
 def test_weights_that_overflow_the_wanted_dtype_are_refused(teacher_dir: Path) -> None:
     _edit_tensors(teacher_dir, lambda t: t["model.norm.weight"].fill_(1e5))
-    load_student(teacher_dir, None)
+    load_shared(teacher_dir, None)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* as float16; try another"):
-        load_student(teacher_dir, None, dtype=torch.float16)
+        load_shared(teacher_dir, None, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -495,7 +496,7 @@ def test_public_names() -> None:
         "checkpoint_digest",
         "is_student",
         "load_model",
-        "load_student",
+        "load_shared",
         "load_teacher",
         "save_student",
     }

@@ -1,4 +1,4 @@
-"""Students under transformers' ``generate``: caches, beams, padding."""
+"""Students under transformers' `generate`: caches, beams, padding."""
 
 from __future__ import annotations
 

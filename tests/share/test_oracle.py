@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from echoatt_exporter import SharingPlan, load_student
+from echoatt_exporter import SharingPlan, load_shared
 
 Models = Callable[..., Any]
 PLANS = [(0, 1, 2, 3, 4), (0, 1, 1, 1, 4), (0, 1, 0, 1, 0)]
@@ -46,7 +46,7 @@ def test_tiny_student_equals_oracle(
 def test_trained_student_equals_oracle(
     sources: tuple[int, ...], stories260k: Path, oracle: Any
 ) -> None:
-    student: Any = load_student(stories260k, SharingPlan(sources))
+    student: Any = load_shared(stories260k, SharingPlan(sources))
     judge = oracle.from_directory(stories260k, sources)
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
     for prompt in PROMPTS:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_student
+from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_shared
 from echoatt_exporter.share.checkpoint import save_student
 
 Models = Callable[..., Any]
@@ -50,7 +50,7 @@ def test_students_load_and_generate_without_echoatt(
             save_student(student, directory, tmp_path)
         else:  # as the Trainer does
             student.save_pretrained(directory)
-        loaded = load_student(directory, None)
+        loaded = load_shared(directory, None)
         expected = {
             "tokens": tokens,
             "logits": loaded(tokens).logits,
@@ -65,8 +65,8 @@ def test_students_load_and_generate_without_echoatt(
     )
 
     # What was saved there is a student here again
-    again = load_student(f"{directories[0]}_again", None)
-    assert torch.equal(again(tokens).logits, load_student(directories[0], None)(tokens).logits)
+    again = load_shared(f"{directories[0]}_again", None)
+    assert torch.equal(again(tokens).logits, load_shared(directories[0], None)(tokens).logits)
 
 
 def test_the_code_in_a_students_directory_is_not_run_here(
@@ -77,8 +77,8 @@ def test_the_code_in_a_students_directory_is_not_run_here(
     for name in ("modeling_echoatt.py", "configuration_echoatt.py"):
         (directory / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for load in (
-        lambda: load_student(directory, None),
-        lambda: load_student(directory, None, trust_remote_code=True),
+        lambda: load_shared(directory, None),
+        lambda: load_shared(directory, None, trust_remote_code=True),
         lambda: AutoModelForCausalLM.from_pretrained(directory),
         lambda: AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True),
     ):

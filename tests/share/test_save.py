@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.tiny_models import every_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from echoatt_exporter import EchoAttConfig, EchoAttForCausalLM, SharingPlan, load_student
+from echoatt_exporter import EchoAttConfig, EchoAttForCausalLM, SharingPlan, load_shared
 from echoatt_exporter.errors import CheckpointError, ExportError, OutputExistsError
 from echoatt_exporter.share.checkpoint import save_student
 
@@ -32,7 +32,7 @@ def test_round_trip_is_bit_equal(
     assert isinstance(loaded, EchoAttForCausalLM)
     assert loaded.sources == student.sources
     assert torch.equal(loaded(tokens).logits, expected)
-    again = load_student(tmp_path / "a", None)
+    again = load_shared(tmp_path / "a", None)
     assert torch.equal(again(tokens).logits, expected)
     again.save_pretrained(tmp_path / "b")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
@@ -48,7 +48,7 @@ def test_round_trip_in_half_precision(
     student: EchoAttForCausalLM = student_of(family).to(torch.bfloat16)
     student.save_pretrained(tmp_path)
     logits = []
-    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), load_student(tmp_path, None)):
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), load_shared(tmp_path, None)):
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
         weights = loaded.state_dict()
         assert all(torch.equal(weights[name], w) for name, w in student.state_dict().items())
@@ -112,7 +112,7 @@ def test_configuration_leaves_the_callers_dict_alone() -> None:
 
 @pytest.fixture
 def trained(stories260k: Path) -> EchoAttForCausalLM:
-    return load_student(stories260k, SharingPlan((0, 1, 1, 1, 4)))
+    return load_shared(stories260k, SharingPlan((0, 1, 1, 1, 4)))
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_saved_directory_is_complete(
     ids = [tokenizer(text, return_tensors="pt").input_ids for tokenizer in tokenizers]
     assert torch.equal(ids[0], ids[1])
     assert tokenizers[1].decode(ids[1][0]) == tokenizers[0].decode(ids[0][0])
-    loaded = load_student(out, None)
+    loaded = load_shared(out, None)
     assert torch.equal(loaded(ids[0]).logits, trained(ids[0]).logits)
     assert loaded.generation_config.repetition_penalty == 1.5
     assert loaded.generation_config.eos_token_id == trained.generation_config.eos_token_id

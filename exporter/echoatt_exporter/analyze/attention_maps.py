@@ -57,16 +57,16 @@ def attention_maps(teacher: PreTrainedModel, window: torch.Tensor) -> torch.Tens
     The teacher runs in evaluation mode, without a cache, and is left as it was.
 
     Args:
-        teacher: a Hugging Face model for causal LM of a supported family.
-        window: int64 [T] token ids.
+        teacher: A Hugging Face model for causal LM of a supported family.
+        window: Int64 [T] token ids.
 
     Returns:
         float32 [L, H, T, T] on the teacher's device: row t holds what token t gives to each token,
         sums to 1, and is zero for later tokens and outside a sliding window.
 
     Raises:
-        UnsupportedModelError: the teacher's family is not supported.
-        AnalysisError: a window longer than the model's context or of another vocabulary, or a
+        UnsupportedModelError: The teacher's family is not supported.
+        AnalysisError: A window longer than the model's context or of another vocabulary, or a
             teacher that hands no attention probabilities out.
     """
     architecture = architecture_of(teacher.config)

@@ -25,10 +25,10 @@ class Choice:
     """A method with its limit.
 
     Attributes:
-        method: ``cost``, ``paper`` or ``threshold``.
-        ratio: followers / layers wanted, for ``cost`` and ``paper``.
-        max_kl: the most that the plan may cost, nats a token, for ``cost``.
-        min_similarity: of a follower to its source, for ``threshold``.
+        method: `cost`, `paper` or `threshold`.
+        ratio: Followers / layers wanted, for `cost` and `paper`.
+        max_kl: The most that the plan may cost, nats a token, for `cost`.
+        min_similarity: Of a follower to its source, for `threshold`.
     """
 
     method: Method
@@ -45,10 +45,10 @@ class Choice:
         max_kl: float | None = None,
         min_similarity: float | None = None,
     ) -> Choice:
-        """Check what goes with what, and fill in the default ratio of ``cost``.
+        """Check what goes with what, and fill in the default ratio of `cost`.
 
         Raises:
-            AnalysisError: an unknown method, a limit of another one, or a limit that cannot be.
+            AnalysisError: An unknown method, a limit of another one, or a limit that cannot be.
         """
         if method not in get_args(Method):
             raise AnalysisError(
@@ -80,7 +80,7 @@ class Choice:
         """Check the ratio against a model.
 
         Raises:
-            AnalysisError: more followers than the model's layers allow, or none.
+            AnalysisError: More followers than the model's layers allow, or none.
         """
         layers, most = architecture.num_layers, _most_followers(architecture)
         if not most:
@@ -93,9 +93,9 @@ class Choice:
             )
 
     def front_ratio(self, architecture: DecoderArchitecture, ratio: float) -> float | None:
-        """How far to search beyond what is asked for: to ``ratio``, if the model allows.
+        """How far to search beyond what is asked for: to `ratio`, if the model allows.
 
-        None with ``max_kl``, which says by itself how far to go.
+        None with `max_kl`, which says by itself how far to go.
         """
         if self.ratio is None:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 _BOX_WIDTH, _BOX_HEIGHT, _PITCH = 40, 32, 54
 _MARGIN = 10
@@ -23,12 +23,12 @@ def plan_signs(sources: Sequence[int]) -> str:
 def plan_svg(plan: SharingPlan, caption: str) -> str:
     """An inline SVG element that shows who computes attention and who follows whom.
 
-    Colours come from the page, by the classes ``source``, ``lone`` (a source without followers),
-    ``follower``, ``arc`` and ``note``.
+    Colours come from the page, by the classes `source`, `lone` (a source without followers),
+    `follower`, `arc` and `note`.
 
     Args:
-        plan: what is drawn.
-        caption: the picture in words, for those who cannot see it.
+        plan: What is drawn.
+        caption: The picture in words, for those who cannot see it.
     """
     spans = [layer - plan.sources[layer] for layer in plan.followers]
     # a curve reaches three quarters of the way to its control points

@@ -14,7 +14,7 @@ from echoatt_exporter.analyze.choice import Method
 from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class HeadAlignment:
     """How a follower's heads line up with its source's.
 
     Attributes:
-        follower: the layer whose heads are reordered.
-        source: the layer that they are lined up with.
-        moved: how many heads change places.
-        heads: how many there are.
-        before: mean cosine similarity to the source's heads as the heads stood.
-        after: the same once they are reordered.
+        follower: The layer whose heads are reordered.
+        source: The layer that they are lined up with.
+        moved: How many heads change places.
+        heads: How many there are.
+        before: Mean cosine similarity to the source's heads as the heads stood.
+        after: The same once they are reordered.
     """
 
     follower: int
@@ -42,8 +42,8 @@ def head_alignment(plan: SharingPlan, similarity: HeadSimilarity) -> tuple[HeadA
     """How the followers of a plan with head orders line up with their sources.
 
     Args:
-        plan: a plan from ``align_plan``.
-        similarity: what its head orders were chosen by.
+        plan: A plan from `align_plan`.
+        similarity: What its head orders were chosen by.
     """
     rows = []
     for layer in plan.followers:
@@ -68,22 +68,22 @@ class AnalysisReport:
     """What an analysis found.
 
     Attributes:
-        model_dir: the teacher's directory.
-        out: the directory that the files are in.
-        text_paths: what was read.
-        documents: how many texts that were.
-        architecture: the teacher's shape.
-        method: how the plan was chosen.
-        selection: the same in words, with the limit that held.
-        similarity: of the layers.
-        importance: each layer's mean similarity to the others; low is important.
-        chosen: the plan, and what it costs.
-        search: everything that the cost method measured; None for the others.
-        alignment: how the followers' heads line up, one entry a follower; None if they were left
+        model_dir: The teacher's directory.
+        out: The directory that the files are in.
+        text_paths: What was read.
+        documents: How many texts that were.
+        architecture: The teacher's shape.
+        method: How the plan was chosen.
+        selection: The same in words, with the limit that held.
+        similarity: Of the layers.
+        importance: Each layer's mean similarity to the others; low is important.
+        chosen: The plan, and what it costs.
+        search: Everything that the cost method measured; None for the others.
+        alignment: How the followers' heads line up, one entry a follower; None if they were left
             as they stood.
-        calibration_windows: samples that costs were measured on.
-        created: when, ISO 8601 in UTC.
-        seconds: wall time of the whole.
+        calibration_windows: Samples that costs were measured on.
+        created: When, ISO 8601 in UTC.
+        seconds: Wall time of the whole.
     """
 
     model_dir: Path
@@ -115,7 +115,7 @@ class AnalysisReport:
         }
 
     def to_json(self) -> str:
-        """The report for a program to read; the measurements are in the files in ``out``."""
+        """The report for a program to read; the measurements are in the files in `out`."""
         data: dict[str, Any] = {
             "out": str(self.out),
             "method": self.method,

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, FollowerAttention
+from echoatt_runtime.contract.plan import SharingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Footprint:
     product with the values, MLP and LM head count; norms, rotary angles and softmax do not.
 
     Attributes:
-        parameters: elements of all weights; a table that is the LM head too counts once.
-        cache_bytes_per_token: keys of the sources and values of every layer.
-        decode_multiply_adds: for one new token that attends to the whole context, itself included.
-        forward_multiply_adds: for a token of a sequence as long as the context, on average, logits
+        parameters: Elements of all weights; a table that is the LM head too counts once.
+        cache_bytes_per_token: Keys of the sources and values of every layer.
+        decode_multiply_adds: For one new token that attends to the whole context, itself included.
+        forward_multiply_adds: For a token of a sequence as long as the context, on average, logits
             at every position: a training step's forward pass. Only what the causal mask and the
             window leave is counted.
-        decode_bytes: read from memory for one new token: every weight once (of a table that is not
+        decode_bytes: Read from memory for one new token: every weight once (of a table that is not
             the LM head too one row, which is left out) and the cache of the context.
     """
 
@@ -49,10 +49,10 @@ class PlanFootprint:
     """A student's footprint beside its teacher's.
 
     Attributes:
-        student: with the plan.
-        teacher: without.
-        context: tokens attended to in what depends on it.
-        bytes_per_element: of a weight and of a cached number.
+        student: With the plan.
+        teacher: Without.
+        context: Tokens attended to in what depends on it.
+        bytes_per_element: Of a weight and of a cached number.
     """
 
     student: Footprint
@@ -105,12 +105,12 @@ class DecoderSize:
     """What of a decoder's size does not depend on the plan; every layer is of one size.
 
     Attributes:
-        architecture: the decoder.
-        parameters: of the teacher.
-        row_read_parameters: of an embedding table that is no LM head, and is read row by row.
-        weight_multiply_adds: of all projections of the teacher for a token, LM head included.
-        query_key_parameters: that a layer loses when it becomes a follower.
-        query_key_multiply_adds: the same for ``weight_multiply_adds``.
+        architecture: The decoder.
+        parameters: Of the teacher.
+        row_read_parameters: Of an embedding table that is no LM head, and is read row by row.
+        weight_multiply_adds: Of all projections of the teacher for a token, LM head included.
+        query_key_parameters: That a layer loses when it becomes a follower.
+        query_key_multiply_adds: The same for `weight_multiply_adds`.
     """
 
     architecture: DecoderArchitecture
@@ -122,10 +122,10 @@ class DecoderSize:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DecoderSize:
-        """Count the teacher that ``config`` describes.
+        """Count the teacher that `config` describes.
 
         Raises:
-            UnsupportedModelError: its family is not supported.
+            UnsupportedModelError: Its family is not supported.
         """
         architecture = architecture_of(config)
         family = FAMILIES[architecture.family]
@@ -148,7 +148,7 @@ class DecoderSize:
     def with_plan(
         self, plan: SharingPlan, *, context: int, bytes_per_element: float
     ) -> PlanFootprint:
-        """The footprint of a plan; arguments and errors as :func:`footprint_of`."""
+        """The footprint of a plan; arguments and errors as `footprint_of`."""
         self.architecture.validate_plan(plan)
         longest = self.architecture.context_length
         if not 1 <= context <= longest:
@@ -175,7 +175,7 @@ class DecoderSize:
         for layer, kind in enumerate(architecture.layer_kinds):
             window = architecture.sliding_window if kind == "sliding" else None
             width = min(context, window or context)  # tokens attended to
-            # a token's window fills up over the first ``width`` tokens
+            # a token's window fills up over the first `width` tokens
             mean_width = (width * (width + 1) / 2 + (context - width) * width) / context
             products = 1 if plan.is_follower(layer) else 2  # with the values; with the keys too
             decode += products * query_width * width
@@ -198,15 +198,15 @@ def footprint_of(
     """Count what a plan leaves of a teacher.
 
     Args:
-        config: the teacher's configuration; nothing else of it is needed.
-        plan: the plan.
-        context: tokens attended to, at most what the model was made for.
-        bytes_per_element: of a weight and of a cached number; 2 is half precision.
+        config: The teacher's configuration; nothing else of it is needed.
+        plan: The plan.
+        context: Tokens attended to, at most what the model was made for.
+        bytes_per_element: Of a weight and of a cached number; 2 is half precision.
 
     Raises:
-        UnsupportedModelError: the teacher's family is not supported.
-        PlanError: the plan does not fit the teacher.
-        AnalysisError: a context or an element size that cannot be.
+        UnsupportedModelError: The teacher's family is not supported.
+        PlanError: The plan does not fit the teacher.
+        AnalysisError: A context or an element size that cannot be.
     """
     return DecoderSize.of(config).with_plan(
         plan, context=context, bytes_per_element=bytes_per_element
@@ -218,6 +218,6 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _multiply_adds(module: nn.Module) -> int:
-    """Of every projection below ``module`` for one token."""
+    """Of every projection below `module` for one token."""
     linears = (part for part in module.modules() if isinstance(part, nn.Linear))
     return sum(linear.in_features * linear.out_features for linear in linears)

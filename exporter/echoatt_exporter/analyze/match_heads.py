@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 
 def match_heads(head_pairs_FS: NDArray[np.float32], num_kv_heads: int) -> tuple[int, ...]:
@@ -32,7 +32,7 @@ def match_heads(head_pairs_FS: NDArray[np.float32], num_kv_heads: int) -> tuple[
 
     Returns:
         For each of the source's heads, the follower's head to put in its place: the form of
-        ``SharingPlan.head_orders``.
+        `SharingPlan.head_orders`.
     """
     N, G = num_kv_heads, len(head_pairs_FS) // num_kv_heads
     blocks_NNGG = head_pairs_FS.reshape(N, G, N, G).transpose(0, 2, 1, 3)
@@ -64,12 +64,12 @@ def align_plan(
     A layer whose heads stand best as they are has an empty order.
 
     Args:
-        plan: its sources are kept, its head orders replaced.
-        head_similarity: measured on the teacher.
-        architecture: of the teacher.
+        plan: Its sources are kept, its head orders replaced.
+        head_similarity: Measured on the teacher.
+        architecture: Of the teacher.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: The plan does not fit the model.
     """
     architecture.validate_plan(plan)
     unmoved = tuple(range(architecture.num_query_heads))

@@ -66,8 +66,8 @@ def similarity_figure(similarity: LayerSimilarity, *, dark: bool = False) -> Fig
     """Heat maps of the layers' similarity, raw and without the first token, on one colour scale.
 
     Args:
-        similarity: what was measured.
-        dark: light letters on a dark ground.
+        similarity: What was measured.
+        dark: Light letters on a dark ground.
     """
     colors = _DARK if dark else _LIGHT
     figure = _figure(colors)
@@ -104,8 +104,8 @@ def trade_off_figure(search: PlanSearch, *, dark: bool = False) -> Figure:
     """The cost of sharing more: every measured plan, the Pareto front and the chosen plan.
 
     Args:
-        search: the measured plans.
-        dark: light letters on a dark ground.
+        search: The measured plans.
+        dark: Light letters on a dark ground.
     """
     colors = _DARK if dark else _LIGHT
     figure = _figure(colors)

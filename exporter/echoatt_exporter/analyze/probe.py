@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
@@ -27,6 +26,7 @@ from echoatt_exporter.share.modeling_echoatt import (
     FollowerAttention,
     MaterializedAttention,
 )
+from echoatt_runtime.contract.plan import SharingPlan
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements.
 _LOGITS_AT_ONCE = 1 << 22
@@ -38,9 +38,9 @@ class PlanCost:
 
     Attributes:
         kl: KL divergence teacher‖student of the next-token distribution, nats, mean over tokens.
-        kl_standard_error: of ``kl``, from its spread over the windows.
-        perplexity: the student's, of the windows' own next tokens.
-        teacher_perplexity: the teacher's, of the same tokens.
+        kl_standard_error: Of `kl`, from its spread over the windows.
+        perplexity: The student's, of the windows' own next tokens.
+        teacher_perplexity: The teacher's, of the same tokens.
     """
 
     kl: float
@@ -63,10 +63,10 @@ class PlanProbe:
     starts from the teacher's own hidden states.
 
     Attributes:
-        teacher: the model.
-        architecture: its shape.
-        teacher_perplexity: of the windows' own next tokens.
-        measurements: plans measured so far.
+        teacher: The model.
+        architecture: Its shape.
+        teacher_perplexity: Of the windows' own next tokens.
+        measurements: Plans measured so far.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class PlanProbe:
         """Run the teacher once.
 
         Args:
-            teacher: a decoder of a supported family, on any device.
-            windows: token ids, int64 [windows, tokens]; at least two of each.
-            batch_size: windows run at once. A measurement holds one batch's attention maps of the
+            teacher: A decoder of a supported family, on any device.
+            windows: Token ids, int64 [windows, tokens]; at least two of each.
+            batch_size: Windows run at once. A measurement holds one batch's attention maps of the
                 sources that lend.
-            reuse_bytes: the most that the teacher's hidden states of all layers may take; where
+            reuse_bytes: The most that the teacher's hidden states of all layers may take; where
                 they take more, every measurement runs all layers.
 
         Raises:
-            UnsupportedModelError: the teacher's family is not supported.
-            AnalysisError: too few windows, too long ones, or token ids that the model lacks.
+            UnsupportedModelError: The teacher's family is not supported.
+            AnalysisError: Too few windows, too long ones, or token ids that the model lacks.
         """
         self.teacher = teacher
         self.architecture = architecture_of(teacher.config)
@@ -135,13 +135,13 @@ class PlanProbe:
 
     @torch.no_grad()
     def measure(self, plan: SharingPlan) -> PlanCost:
-        """Run the student that ``plan`` makes on all windows.
+        """Run the student that `plan` makes on all windows.
 
         Args:
-            plan: any plan for the teacher, head orders included.
+            plan: Any plan for the teacher, head orders included.
 
         Raises:
-            PlanError: the plan does not fit the teacher.
+            PlanError: The plan does not fit the teacher.
         """
         self.architecture.validate_plan(plan)
         divergences, losses = [], []
@@ -295,7 +295,7 @@ class _AlignedAttention(MaterializedAttention):
         self._plan = plan
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
-        """See :meth:`SharedAttention.follow`."""
+        """See `SharedAttention.follow`."""
         order = self._plan.head_order(module.layer_idx)
         if not order:
             return super().follow(module, value_BNTD)

@@ -20,12 +20,12 @@ def check_free(out: Path, *, force: bool) -> None:
     """Refuse a place that holds something, before any work is done.
 
     Args:
-        out: the folder that is to be written.
-        force: replace an earlier analysis.
+        out: The folder that is to be written.
+        force: Replace an earlier analysis.
 
     Raises:
-        OutputExistsError: something is there; with ``force``, something that no analysis wrote.
-        AnalysisError: the folder cannot be read.
+        OutputExistsError: Something is there; with `force`, something that no analysis wrote.
+        AnalysisError: The folder cannot be read.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -45,15 +45,15 @@ def check_free(out: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def published(out: Path, *, force: bool) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that takes its place when the block ends without an error.
+    """A hidden folder beside `out` that takes its place when the block ends without an error.
 
     Args:
-        out: as in :func:`check_free`.
-        force: as in :func:`check_free`.
+        out: As in `check_free`.
+        force: As in `check_free`.
 
     Raises:
-        OutputExistsError: something came to be there meanwhile.
-        AnalysisError: the file system refuses; ``out`` is as it was.
+        OutputExistsError: Something came to be there meanwhile.
+        AnalysisError: The file system refuses; `out` is as it was.
     """
     place = out.resolve()
     hidden = f".{place.name}.{uuid.uuid4().hex}"

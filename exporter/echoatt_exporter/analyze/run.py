@@ -78,35 +78,35 @@ def analyze_model(
 ) -> AnalysisReport:
     """Measure which layers of a model may share attention, choose a plan, and write it all down.
 
-    Writes ``similarity.json``, ``similarity.png``, ``plan.json`` and ``report.html``; with the cost
-    method also ``search.json``, and in ``front`` a plan file for each point of the Pareto front.
+    Writes `similarity.json`, `similarity.png`, `plan.json` and `report.html`; with the cost
+    method also `search.json`, and in `front` a plan file for each point of the Pareto front.
 
     Args:
-        model_dir: a teacher's directory, with its tokenizer.
-        text_paths: files and folders, as :func:`echoatt_exporter.texts.read_texts` takes them.
-        out: the folder to write; it appears whole or not at all.
-        method: ``cost`` searches plans by the KL to the teacher on the text; ``paper`` is the
-            selection of EchoAtt (arXiv 2409.14595), and ``threshold`` a least similarity.
-        ratio: followers / layers, for ``cost`` and ``paper``. Without it (and ``max_kl``), ``cost``
-            shares a quarter of the layers, and ``paper`` cuts at the largest gap.
-        max_kl: share as much as costs at most this KL, nats a token; for ``cost``.
-        min_similarity: of a follower to its source, 0 to 1; for ``threshold``, which needs it.
-        align_heads: line the followers' heads up with their sources'.
-        length: tokens of a sample.
-        samples: samples for the similarity; fewer are taken if the text holds no more.
-        calibration_windows: how many of the samples costs are measured on.
-        seed: which samples are drawn.
-        device: where the model runs, as torch names it.
-        force: replace an earlier analysis in ``out``.
-        trust_remote_code: run code that the checkpoint brings.
-        on_step: told (step, done, total, cheapest plan so far) as the analysis goes on; the steps
-            are ``load``, ``samples`` and ``plans``.
+        model_dir: A teacher's directory, with its tokenizer.
+        text_paths: Files and folders, as `echoatt_exporter.texts.read_texts` takes them.
+        out: The folder to write; it appears whole or not at all.
+        method: `cost` searches plans by the KL to the teacher on the text; `paper` is the
+            selection of EchoAtt (arXiv 2409.14595), and `threshold` a least similarity.
+        ratio: Followers / layers, for `cost` and `paper`. Without it (and `max_kl`), `cost`
+            shares a quarter of the layers, and `paper` cuts at the largest gap.
+        max_kl: Share as much as costs at most this KL, nats a token; for `cost`.
+        min_similarity: Of a follower to its source, 0 to 1; for `threshold`, which needs it.
+        align_heads: Line the followers' heads up with their sources'.
+        length: Tokens of a sample.
+        samples: Samples for the similarity; fewer are taken if the text holds no more.
+        calibration_windows: How many of the samples costs are measured on.
+        seed: Which samples are drawn.
+        device: Where the model runs, as torch names it.
+        force: Replace an earlier analysis in `out`.
+        trust_remote_code: Run code that the checkpoint brings.
+        on_step: Told (step, done, total, cheapest plan so far) as the analysis goes on; the steps
+            are `load`, `samples` and `plans`.
 
     Returns:
         What was found and written.
 
     Raises:
-        EchoAttError: bad input, typed and in one line; nothing was written.
+        EchoAttError: Bad input, typed and in one line; nothing was written.
     """
     start = time.perf_counter()
     choice = Choice.of(method, ratio=ratio, max_kl=max_kl, min_similarity=min_similarity)

@@ -17,12 +17,12 @@ from transformers import PreTrainedConfig
 
 from echoatt_exporter.analyze.footprint import DecoderSize, PlanFootprint
 from echoatt_exporter.analyze.match_heads import align_plan
-from echoatt_exporter.analyze.moves import Moves, Sources, admissible_pairs
+from echoatt_exporter.analyze.neighbourhood import Neighbourhood, Sources, admissible_pairs
 from echoatt_exporter.analyze.probe import PlanCost, PlanProbe
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 # Measured plans of one follower count from which plans with one more are made, at least.
 _BEAM_WIDTH = 4
@@ -38,9 +38,9 @@ class PlanCandidate:
     """A plan, what it costs and what it saves.
 
     Attributes:
-        plan: with head orders where heads are aligned.
-        cost: measured.
-        footprint: counted.
+        plan: With head orders where heads are aligned.
+        cost: Measured.
+        footprint: Counted.
     """
 
     plan: SharingPlan
@@ -49,7 +49,7 @@ class PlanCandidate:
 
     @property
     def estimated_speed(self) -> float:
-        """See :attr:`PlanFootprint.estimated_speed`."""
+        """See `PlanFootprint.estimated_speed`."""
         return self.footprint.estimated_speed
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,11 +78,11 @@ class PlanSearch:
     Attributes:
         pair_costs: [L, L] KL of the plan in which the layer of the row alone follows the layer of
             the column; NaN where it may not.
-        candidates: every plan measured, by follower count, then from cheap to dear.
-        front: of each follower count the cheapest plan, but for those that one with more followers
+        candidates: Every plan measured, by follower count, then from cheap to dear.
+        front: Of each follower count the cheapest plan, but for those that one with more followers
             beats or equals; by follower count.
-        chosen: the plan that was asked for.
-        measurements: plans measured in all.
+        chosen: The plan that was asked for.
+        measurements: Plans measured in all.
     """
 
     pair_costs: NDArray[np.float64]
@@ -137,22 +137,22 @@ def search_plans(
     The same arguments give the same result.
 
     Args:
-        probe: measures on the teacher.
-        architecture: the teacher's.
-        config: the teacher's.
-        ratio: followers / layers wanted, rounded to a whole number of followers, at least one.
-        max_kl: instead of ``ratio``: the most that the plan may cost, nats a token.
-        max_ratio: how far the front goes if further than ``ratio``; with ``max_kl`` the largest
+        probe: Measures on the teacher.
+        architecture: The teacher's.
+        config: The teacher's.
+        ratio: Followers / layers wanted, rounded to a whole number of followers, at least one.
+        max_kl: Instead of `ratio`: the most that the plan may cost, nats a token.
+        max_ratio: How far the front goes if further than `ratio`; with `max_kl` the largest
             ratio that is tried, by default all.
-        head_similarity: where given, every follower's heads are lined up with its source's.
-        budget: the most plans to measure, pairs included; by default the pairs and some for each
+        head_similarity: Where given, every follower's heads are lined up with its source's.
+        budget: The most plans to measure, pairs included; by default the pairs and some for each
             follower count. More makes the search wider.
-        context: tokens that the footprints count with; by default 2048, or what the model has.
-        bytes_per_element: that the footprints count with.
-        on_measured: called after each measurement.
+        context: Tokens that the footprints count with; by default 2048, or what the model has.
+        bytes_per_element: That the footprints count with.
+        on_measured: Called after each measurement.
 
     Raises:
-        AnalysisError: no plan can be what is asked for, or the budget does not reach.
+        AnalysisError: No plan can be what is asked for, or the budget does not reach.
     """
     if (ratio is None) == (max_kl is None):
         raise AnalysisError("give either a sharing ratio or the most KL that a plan may cost")
@@ -226,14 +226,14 @@ class _Search:
         max_kl: float | None,
         last: int,
     ) -> PlanSearch:
-        """Measure pairs, then plans of up to ``last`` followers; see :func:`search_plans`."""
+        """Measure pairs, then plans of up to `last` followers; see `search_plans`."""
         costs_LL = np.full((num_layers, num_layers), np.nan)
         unshared = tuple(range(num_layers))
         for follower, source in pairs:
             plan = (*unshared[:follower], source, *unshared[follower + 1 :])
             costs_LL[follower, source] = self._measure(plan).cost.kl
-        moves = Moves(costs_LL)
-        by_sum = moves.cheapest_by_sum(last)
+        near = Neighbourhood(costs_LL)
+        by_sum = near.cheapest_by_sum(last)
         fitting = self._best(1)
         if max_kl is not None and fitting.cost.kl > max_kl:
             (follower,) = fitting.plan.followers
@@ -245,13 +245,13 @@ class _Search:
             room = self._budget - self._count
             spare = 2 * _PLANS_PER_COUNT  # for improving
             share = max(1, (room - spare) // (last - count + 1))
-            self._grow(count, moves, by_sum[count - 1], share)
+            self._grow(count, near, by_sum[count - 1], share)
             left = last - count  # each later count needs one at least
             if count == wanted:
-                self._improve(count, moves, leave=left)
+                self._improve(count, near, leave=left)
             if max_kl is not None:
                 if self._best(count).cost.kl > max_kl:
-                    self._improve(count, moves, leave=left, goal=max_kl)
+                    self._improve(count, near, leave=left, goal=max_kl)
                 if self._best(count).cost.kl > max_kl:
                     break
                 fitting = self._best(count)
@@ -276,29 +276,31 @@ class _Search:
         return candidate
 
     def _best(self, count: int) -> PlanCandidate:
-        """The cheapest measured plan with ``count`` followers."""
+        """The cheapest measured plan with `count` followers."""
         return min(self._measured[count].values(), key=_order)
 
-    def _grow(self, count: int, moves: Moves, by_sum: Sources, share: int) -> None:
-        """Measure ``share`` plans with ``count`` followers, made from the best with one less."""
+    def _grow(self, count: int, near: Neighbourhood, by_sum: Sources, share: int) -> None:
+        """Measure `share` plans with `count` followers, made from the best with one less."""
         parents = sorted(self._measured[count - 1].values(), key=_order)
         expected: dict[Sources, float] = {by_sum: -math.inf}  # comes first
         for parent in parents[: max(_BEAM_WIDTH, share)]:
-            for plan in moves.grown(parent.plan.sources):
-                cost = _expected_cost(parent, plan, moves)
+            for plan in near.grown(parent.plan.sources):
+                cost = _expected_cost(parent, plan, near)
                 expected[plan] = min(cost, expected.get(plan, math.inf))
         for plan in sorted(expected, key=lambda plan: (expected[plan], plan))[:share]:
             self._measure(plan)
 
-    def _improve(self, count: int, moves: Moves, *, leave: int, goal: float = -math.inf) -> None:
-        """Swap one follower or source while that helps, down to ``goal``.
+    def _improve(
+        self, count: int, near: Neighbourhood, *, leave: int, goal: float = -math.inf
+    ) -> None:
+        """Swap one follower or source while that helps, down to `goal`.
 
-        ``leave`` measurements are left over.
+        `leave` measurements are left over.
         """
         level = self._measured[count]
         while (best := self._best(count)).cost.kl > goal:
-            near = moves.swapped(best.plan.sources) - level.keys()
-            promising = sorted(near, key=lambda p: (_expected_cost(best, p, moves), p))
+            close = near.swapped(best.plan.sources) - level.keys()
+            promising = sorted(close, key=lambda p: (_expected_cost(best, p, near), p))
             room = max(0, self._budget - self._count - leave)
             for plan in promising[: min(_SWAPS_AT_ONCE, room)]:
                 self._measure(plan)
@@ -306,9 +308,9 @@ class _Search:
                 return
 
 
-def _expected_cost(parent: PlanCandidate, plan: Sources, moves: Moves) -> float:
-    """What ``plan`` may cost: its pairs' costs, scaled by what its parent cost beside its own."""
-    before, after = moves.additive_cost(parent.plan.sources), moves.additive_cost(plan)
+def _expected_cost(parent: PlanCandidate, plan: Sources, near: Neighbourhood) -> float:
+    """What `plan` may cost: its pairs' costs, scaled by what its parent cost beside its own."""
+    before, after = near.additive_cost(parent.plan.sources), near.additive_cost(plan)
     return parent.cost.kl * after / before if before > 0 else after
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture, LayerKind
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.plan import SharingPlan
+from echoatt_runtime.contract.plan import SharingPlan
 
 
 def layer_importance(similarity: LayerSimilarity) -> tuple[float, ...]:
@@ -28,19 +28,19 @@ def paper_plan(
 ) -> SharingPlan:
     """The paper's selection (EchoAtt, arXiv 2409.14595, section 3).
 
-    Layers are sorted by :func:`layer_importance` and cut at the largest gap between neighbours. The
+    Layers are sorted by `layer_importance` and cut at the largest gap between neighbours. The
     dissimilar ones below it stay sources; each run of similar ones follows the source just before
     it. Runs are formed among layers of one attention kind, and the first layer of each kind stays a
     source, whatever its similarity.
 
     Args:
-        similarity: of the model that the plan is for.
-        architecture: of the same model.
-        ratio: followers / layers. If given, the cut is made not at the largest gap but where the
+        similarity: Of the model that the plan is for.
+        architecture: Of the same model.
+        ratio: Followers / layers. If given, the cut is made not at the largest gap but where the
             number of followers comes closest to this; the most similar layers follow first.
 
     Raises:
-        AnalysisError: similarity of another model, or a ratio outside 0 to 1.
+        AnalysisError: Similarity of another model, or a ratio outside 0 to 1.
     """
     _check_layers(similarity, architecture)
     importance = layer_importance(similarity)
@@ -67,12 +67,12 @@ def threshold_plan(
     similar enough to that source, and is the next source otherwise.
 
     Args:
-        similarity: of the model that the plan is for.
-        architecture: of the same model.
-        min_similarity: the least cosine similarity of a follower to its source, 0 to 1.
+        similarity: Of the model that the plan is for.
+        architecture: Of the same model.
+        min_similarity: The least cosine similarity of a follower to its source, 0 to 1.
 
     Raises:
-        AnalysisError: similarity of another model, or a threshold outside 0 to 1.
+        AnalysisError: Similarity of another model, or a threshold outside 0 to 1.
     """
     _check_layers(similarity, architecture)
     if not 0 <= min_similarity <= 1:
@@ -82,7 +82,7 @@ def threshold_plan(
 
 
 def _follow(architecture: DecoderArchitecture, follows: Callable[[int, int], bool]) -> SharingPlan:
-    """The plan in which a layer that ``follows`` the latest source of its kind shares with it."""
+    """The plan in which a layer that `follows` the latest source of its kind shares with it."""
     sources: list[int] = []
     latest: dict[LayerKind, int] = {}
     for layer, kind in enumerate(architecture.layer_kinds):

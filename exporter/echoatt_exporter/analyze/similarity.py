@@ -56,20 +56,20 @@ class LayerSimilarity:
     heads. Attention sinks inflate it, so that it is also given without the first token.
 
     Attributes:
-        mean: float64 [L, L].
-        std: float64 [L, L], the sample standard deviation of ``mean``; 0 for one sample.
-        mean_without_first: float64 [L, L] as ``mean``, with column 0 of every map left out and the
+        mean: Float64 [L, L].
+        std: Float64 [L, L], the sample standard deviation of `mean`; 0 for one sample.
+        mean_without_first: Float64 [L, L] as `mean`, with column 0 of every map left out and the
             rows made to sum to 1 again; rows with nothing beside the first token count as zeros.
-        std_without_first: float64 [L, L], the sample standard deviation of that.
-        head_mean: float64 [L, L, H], the cosine of the maps of the same head of both layers.
-        samples: how many samples were measured.
-        length: tokens in a sample.
-        seed: that the samples were drawn with.
+        std_without_first: Float64 [L, L], the sample standard deviation of that.
+        head_mean: Float64 [L, L, H], the cosine of the maps of the same head of both layers.
+        samples: How many samples were measured.
+        length: Tokens in a sample.
+        seed: That the samples were drawn with.
         text_digest: SHA-256 of the texts that the samples are from.
-        model: what the model is called, usually its directory's name.
-        family: its Hugging Face ``model_type``.
+        model: What the model is called, usually its directory's name.
+        family: Its Hugging Face `model_type`.
         checkpoint_digest: SHA-256 of its files.
-        versions: of the packages that measured it.
+        versions: Of the packages that measured it.
     """
 
     mean: Floats
@@ -87,7 +87,7 @@ class LayerSimilarity:
     versions: Mapping[str, str]
 
     def to_json(self) -> str:
-        """The text of ``similarity.json``; :meth:`from_json` reads it back exactly."""
+        """The text of `similarity.json`; `from_json` reads it back exactly."""
         data = asdict(self)
         for name in METRICS:
             data[name] = data[name].tolist()
@@ -95,14 +95,14 @@ class LayerSimilarity:
 
     @classmethod
     def from_json(cls, text: str, origin: str = "similarity") -> LayerSimilarity:
-        """Read the text of a ``similarity.json``.
+        """Read the text of a `similarity.json`.
 
         Args:
-            text: what :meth:`to_json` wrote. Further keys are the writer's own and are ignored.
-            origin: what to call the text in an error, usually the file's path.
+            text: What `to_json` wrote. Further keys are the writer's own and are ignored.
+            origin: What to call the text in an error, usually the file's path.
 
         Raises:
-            AnalysisError: text that is not JSON, another schema, or a field that is missing or
+            AnalysisError: Text that is not JSON, another schema, or a field that is missing or
                 malformed.
         """
         try:
@@ -121,10 +121,10 @@ class LayerSimilarity:
 
     @classmethod
     def load(cls, path: str | Path) -> LayerSimilarity:
-        """Read a ``similarity.json``.
+        """Read a `similarity.json`.
 
         Raises:
-            AnalysisError: the file cannot be read, or :meth:`from_json` refuses it.
+            AnalysisError: The file cannot be read, or `from_json` refuses it.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -133,10 +133,10 @@ class LayerSimilarity:
         return cls.from_json(text, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write a ``similarity.json``, replacing one that is there only when all is written.
+        """Write a `similarity.json`, replacing one that is there only when all is written.
 
         Raises:
-            AnalysisError: it cannot be written.
+            AnalysisError: It cannot be written.
         """
         path = Path(path)
         try:
@@ -158,7 +158,7 @@ def _matrix(value: Any) -> Floats | None:
 
 
 def _faults(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the fields of a ``similarity.json``, each fault a phrase."""
+    """What is wrong with the fields of a `similarity.json`, each fault a phrase."""
     missing = [f'"{name}" is no array of numbers' for name in METRICS if values[name] is None]
     if missing:
         return missing
@@ -183,7 +183,7 @@ class HeadSimilarity:
     """Similarity of every pair of heads, averaged over samples.
 
     Attributes:
-        head_pairs: float32 [L, H, L, H], the cosine of the map of a head of one layer and that of a
+        head_pairs: Float32 [L, H, L, H], the cosine of the map of a head of one layer and that of a
             head of another.
     """
 
@@ -226,17 +226,17 @@ def measure_similarity(
     CPU the same call gives the same numbers, bit for bit, with the same number of threads.
 
     Args:
-        teacher: as :func:`attention_maps` takes it.
-        windows: int64 [samples, T] token ids.
-        text_digest: of the texts that the windows are from, for the record.
-        model: what to call the teacher, for the record.
-        checkpoint_digest: of the teacher's directory, for the record.
-        seed: that the windows were drawn with, for the record.
-        on_sample: called after each sample with the number of samples done.
+        teacher: As `attention_maps` takes it.
+        windows: Int64 [samples, T] token ids.
+        text_digest: Of the texts that the windows are from, for the record.
+        model: What to call the teacher, for the record.
+        checkpoint_digest: Of the teacher's directory, for the record.
+        seed: That the windows were drawn with, for the record.
+        on_sample: Called after each sample with the number of samples done.
 
     Raises:
-        UnsupportedModelError: as :func:`attention_maps`.
-        AnalysisError: as :func:`attention_maps`; no samples, windows of one token, or attention
+        UnsupportedModelError: As `attention_maps`.
+        AnalysisError: As `attention_maps`; no samples, windows of one token, or attention
             that is not a number.
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:

@@ -1,1 +1,1 @@
-"""Bundles beside other engines on the same work in one run; see ``run.bench``."""
+"""Bundles beside other engines on the same work in one run; see `run.bench`."""

@@ -10,7 +10,7 @@ from typing import Final
 
 from echoatt_exporter.bench.weight_bytes import onnx_weight_bytes
 from echoatt_exporter.errors import BenchError
-from echoatt_runtime.session import find_model, read_manifest
+from echoatt_runtime.executor.session import find_model, read_manifest
 
 # Each peer's packages by import name, and how to get them
 PEERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
@@ -25,15 +25,15 @@ class EngineSpec:
     """One engine with one model.
 
     Attributes:
-        name: as it stands in tables; no two are the same.
-        kind: ``echoatt``, ``genai``, ``torch`` or ``llama.cpp``.
-        path: the model that the engine loads.
-        dtype: of its weights.
-        sharing: followers / layers.
-        weight_bytes: bytes of weights that a decoding step reads; None lets the engine say.
-        cache_bytes_per_token: bytes that a token of a row keeps; None lets the engine say.
-        context_length: most tokens of a row.
-        vocab_size: tokens are below this.
+        name: As it stands in tables; no two are the same.
+        kind: `echoatt`, `genai`, `torch` or `llama.cpp`.
+        path: The model that the engine loads.
+        dtype: Of its weights.
+        sharing: Followers / layers.
+        weight_bytes: Bytes of weights that a decoding step reads; None lets the engine say.
+        cache_bytes_per_token: Bytes that a token of a row keeps; None lets the engine say.
+        context_length: Most tokens of a row.
+        vocab_size: Tokens are below this.
     """
 
     name: str
@@ -56,11 +56,11 @@ def bundle_engines(paths: Sequence[str | Path]) -> list[EngineSpec]:
     """The engines of bundles.
 
     Args:
-        paths: model files or their directories.
+        paths: Model files or their directories.
 
     Raises:
-        BundleError: one of them is none, or is damaged.
-        BenchError: a bundle is for a GPU, or they disagree on the vocabulary.
+        BundleError: One of them is none, or is damaged.
+        BenchError: A bundle is for a GPU, or they disagree on the vocabulary.
     """
     found = []
     for path in paths:

@@ -1,6 +1,6 @@
 """Writes a Llama checkpoint as a GGUF file for llama.cpp.
 
-Only with the ``gguf`` package installed; the names and the order of rows are llama.cpp's.
+Only with the `gguf` package installed; the names and the order of rows are llama.cpp's.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def write_gguf(checkpoint: Path, out: Path, dtype: str) -> None:
     """Write a GGUF file without a vocabulary.
 
     Args:
-        checkpoint: a Hugging Face directory of the Llama family without biases.
-        out: the file; it appears whole or not at all.
-        dtype: of EchoAtt's, a key of ``TENSOR_TYPES``; vectors stay float32.
+        checkpoint: A Hugging Face directory of the Llama family without biases.
+        out: The file; it appears whole or not at all.
+        dtype: Of EchoAtt's, a key of `TENSOR_TYPES`; vectors stay float32.
 
     Raises:
-        BenchError: another family, tensors that have no place, or the file system refuses.
+        BenchError: Another family, tensors that have no place, or the file system refuses.
     """
     gguf = importlib.import_module("gguf")
     config = read_json_object(checkpoint / "config.json")
@@ -79,7 +79,7 @@ def gguf_weight_bytes(path: Path) -> int:
     """Bytes of the matrices that a step reads: all but the table of tokens, unless it is the head.
 
     Args:
-        path: a GGUF file.
+        path: A GGUF file.
     """
     reader = importlib.import_module("gguf").GGUFReader(path)
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors if len(tensor.shape) > 1}
@@ -142,7 +142,7 @@ def _interleaved(
 
     Args:
         weight_OI: [heads · head size, hidden].
-        heads: of queries or keys.
+        heads: Of queries or keys.
     """
     rows, columns = weight_OI.shape
     halves = weight_OI.reshape(heads, 2, rows // heads // 2, columns)

@@ -15,11 +15,11 @@ class Machine:
     """Where something was measured.
 
     Attributes:
-        processor: its model's name.
-        cores: processors that this process may use.
-        memory_bytes: of the machine.
-        system: kernel and architecture.
-        python: its version.
+        processor: Its model's name.
+        cores: Processors that this process may use.
+        memory_bytes: Of the machine.
+        system: Kernel and architecture.
+        python: Its version.
     """
 
     processor: str

@@ -17,7 +17,7 @@ from echoatt_exporter.bench.engines import EngineSpec, why_absent
 from echoatt_exporter.bench.gguf_file import TENSOR_TYPES, gguf_weight_bytes, write_gguf
 from echoatt_exporter.bench.weight_bytes import onnx_weight_bytes
 from echoatt_exporter.errors import BenchError
-from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE
+from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE
 
 _FLOAT32, _FLOAT16 = 4, 2
 
@@ -26,13 +26,13 @@ def peer_engine(peer: str, checkpoint: Path, work: Path, dtype: str) -> EngineSp
     """A peer with the unshared model, made now unless it was made before.
 
     Args:
-        peer: ``genai``, ``torch`` or ``llama.cpp``.
-        checkpoint: the unshared checkpoint.
-        work: a directory of this checkpoint's own, in which models are kept.
-        dtype: the bundles' dtype; torch always runs float32.
+        peer: `genai`, `torch` or `llama.cpp`.
+        checkpoint: The unshared checkpoint.
+        work: A directory of this checkpoint's own, in which models are kept.
+        dtype: The bundles' dtype; torch always runs float32.
 
     Raises:
-        BenchError: the peer is not installed or cannot have this model.
+        BenchError: The peer is not installed or cannot have this model.
     """
     if reason := why_absent(peer):
         raise BenchError(f"{peer} cannot run: {reason}")

@@ -15,8 +15,8 @@ from echoatt_exporter.bench.peers import peer_engine
 from echoatt_exporter.bench.shapes import CONTEXT_LENGTH, SHAPES, Shape, make_checkpoint
 from echoatt_exporter.errors import BenchError
 from echoatt_exporter.export import export_bundle
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import checkpoint_digest
+from echoatt_runtime.contract.plan import SharingPlan
 
 OnStep = Callable[[str], None]
 
@@ -35,9 +35,9 @@ class Prepared:
     """Engines ready to be measured.
 
     Attributes:
-        engines: bundles first, then peers.
-        absent: peers that cannot run, and why.
-        notes: what a reader must know of the models.
+        engines: Bundles first, then peers.
+        absent: Peers that cannot run, and why.
+        notes: What a reader must know of the models.
     """
 
     engines: tuple[EngineSpec, ...]
@@ -50,10 +50,10 @@ class ShapeRequest:
     """Bundles of a named shape.
 
     Attributes:
-        name: a key of ``SHAPES``.
-        dtype: of the bundles.
-        plans: ``unshared`` or a ratio in percent each.
-        own_plan: a further plan, or its pairs.
+        name: A key of `SHAPES`.
+        dtype: Of the bundles.
+        plans: `unshared` or a ratio in percent each.
+        own_plan: A further plan, or its pairs.
     """
 
     name: str
@@ -68,14 +68,14 @@ def prepare_shape(
     """Make whatever of a shape is not there yet.
 
     Args:
-        request: what.
-        work: where models are kept.
-        peers: what to measure beside; ``all`` stands for every peer that can run.
-        on_step: told what is being made.
+        request: What.
+        work: Where models are kept.
+        peers: What to measure beside; `all` stands for every peer that can run.
+        on_step: Told what is being made.
 
     Raises:
-        BenchError: no such shape or plan, or a peer asked for by name that cannot run.
-        EchoAttError: as :func:`~echoatt_exporter.export.export_bundle`.
+        BenchError: No such shape or plan, or a peer asked for by name that cannot run.
+        EchoAttError: As `echoatt_exporter.export.export_bundle`.
     """
     shape = _shape(request.name)
     plans = [_plan(shape, text) for text in request.plans]
@@ -111,15 +111,15 @@ def prepare_bundles(
     """The engines of given bundles and, with the checkpoint they came from, of peers.
 
     Args:
-        paths: the bundles.
-        checkpoint: the unshared checkpoint; only peers need it.
-        work: as in :func:`prepare_shape`.
-        peers: as in :func:`prepare_shape`.
-        on_step: as in :func:`prepare_shape`.
+        paths: The bundles.
+        checkpoint: The unshared checkpoint; only peers need it.
+        work: As in `prepare_shape`.
+        peers: As in `prepare_shape`.
+        on_step: As in `prepare_shape`.
 
     Raises:
-        BenchError: peers without a checkpoint, or one that cannot run.
-        EchoAttError: a bundle or the checkpoint cannot be read.
+        BenchError: Peers without a checkpoint, or one that cannot run.
+        EchoAttError: A bundle or the checkpoint cannot be read.
     """
     bundles = bundle_engines(paths)
     if not peers:

@@ -22,11 +22,11 @@ class EngineError(BenchError):
 
 
 class WorkerProcess:
-    """One ``echoatt_bench.worker``; a context manager that ends the process.
+    """One `echoatt_bench.worker`; a context manager that ends the process.
 
     Args:
-        name: the engine's name, for messages.
-        threads: what libraries that read the environment are told.
+        name: The engine's name, for messages.
+        threads: What libraries that read the environment are told.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -67,11 +67,11 @@ class WorkerProcess:
         """Ask and wait for the answer.
 
         Args:
-            request: the name of the request.
-            fields: its arguments, as JSON can hold them.
+            request: The name of the request.
+            fields: Its arguments, as JSON can hold them.
 
         Raises:
-            EngineError: the engine refused, or the process is gone.
+            EngineError: The engine refused, or the process is gone.
         """
         try:
             self._requests.write(json.dumps({"request": request, **fields}) + "\n")

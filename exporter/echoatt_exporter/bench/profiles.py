@@ -25,14 +25,14 @@ class Profile:
     """The runs of one bundle in one phase, medians over the runs.
 
     Attributes:
-        engine: the bundle's name.
-        phase: ``decode`` for a step, ``prefill`` for the last chunk of a prompt.
-        batch: rows.
-        context: tokens of each row before the step, or with the chunk.
-        tokens: new ones of each row in a run.
-        microseconds: of a run, the profiler's own work included.
-        outside: of a run, outside all kernels.
-        operators: name, kernels a run and microseconds a run of each kind, the costly first.
+        engine: The bundle's name.
+        phase: `decode` for a step, `prefill` for the last chunk of a prompt.
+        batch: Rows.
+        context: Tokens of each row before the step, or with the chunk.
+        tokens: New ones of each row in a run.
+        microseconds: Of a run, the profiler's own work included.
+        outside: Of a run, outside all kernels.
+        operators: Name, kernels a run and microseconds a run of each kind, the costly first.
     """
 
     engine: str
@@ -57,15 +57,15 @@ def profile_bundles(
     """Profile bundles, each point in a process of its own.
 
     Args:
-        engines: bundles.
-        contexts: tokens before the step.
-        batches: rows.
-        threads: of the session.
-        steps: runs that the medians are over.
-        on_step: told what is being done.
+        engines: Bundles.
+        contexts: Tokens before the step.
+        batches: Rows.
+        threads: Of the session.
+        steps: Runs that the medians are over.
+        on_step: Told what is being done.
 
     Raises:
-        BenchError: a context does not fit a bundle, or a bundle failed.
+        BenchError: A context does not fit a bundle, or a bundle failed.
     """
     found = []
     read_files_once(engines)

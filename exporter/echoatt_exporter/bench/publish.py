@@ -17,8 +17,8 @@ def check_free(directory: Path, *, force: bool) -> None:
     """Refuse to overwrite, before anything is measured.
 
     Raises:
-        OutputExistsError: there are results, and not ``force``.
-        BenchError: the directory cannot be made.
+        OutputExistsError: There are results, and not `force`.
+        BenchError: The directory cannot be made.
     """
     for name in _NAMES:
         if (directory / name).exists() and not force:
@@ -35,11 +35,11 @@ def write_results(results: BenchResults, directory: Path) -> None:
     """Write all three files, each whole or not at all.
 
     Args:
-        results: what was measured.
-        directory: an existing one.
+        results: What was measured.
+        directory: An existing one.
 
     Raises:
-        BenchError: the file system refuses.
+        BenchError: The file system refuses.
     """
     contents = (
         to_markdown(results).encode(),

@@ -23,15 +23,15 @@ class BenchOptions:
     """What to measure.
 
     Attributes:
-        contexts: tokens before the first new one.
-        batches: rows.
-        threads: for every engine.
-        phases: ``prefill`` and ``decode``, or one of them.
-        new_tokens: steps of a decoding round.
-        rounds: how often decoding is measured.
-        prefill_rounds: how often prefill is measured.
-        seed: of the tokens.
-        memory_bytes: size of the array that the memory's speed is measured on.
+        contexts: Tokens before the first new one.
+        batches: Rows.
+        threads: For every engine.
+        phases: `prefill` and `decode`, or one of them.
+        new_tokens: Steps of a decoding round.
+        rounds: How often decoding is measured.
+        prefill_rounds: How often prefill is measured.
+        seed: Of the tokens.
+        memory_bytes: Size of the array that the memory's speed is measured on.
     """
 
     contexts: tuple[int, ...]
@@ -50,18 +50,18 @@ class Measured:
     """One engine at one point. Samples stand in the order of the rounds.
 
     Attributes:
-        engine: its name.
-        load_seconds: to open the model; its package was imported before.
-        prefill_seconds: to the first token, a sample a round.
-        decode_seconds: a step, one a round: the median of the round's steps.
-        decode_mean_seconds: a step, one a round: the round's time divided by its steps.
-        extra_seconds: what only this engine tells, a step, one a round: ``python`` is the time
-            outside ONNX Runtime, ``text`` that of turning the token into text.
-        weight_bytes: weights that a step reads.
-        cache_bytes_per_token: what a token of one row keeps.
-        peak_bytes: most memory that the process ever held, mapped files included.
-        anonymous_bytes: most that it held without mapped files, looked at after every request.
-        failure: why the engine has no or few samples; None where all went well.
+        engine: Its name.
+        load_seconds: To open the model; its package was imported before.
+        prefill_seconds: To the first token, a sample a round.
+        decode_seconds: A step, one a round: the median of the round's steps.
+        decode_mean_seconds: A step, one a round: the round's time divided by its steps.
+        extra_seconds: What only this engine tells, a step, one a round: `python` is the time
+            outside ONNX Runtime, `text` that of turning the token into text.
+        weight_bytes: Weights that a step reads.
+        cache_bytes_per_token: What a token of one row keeps.
+        peak_bytes: Most memory that the process ever held, mapped files included.
+        anonymous_bytes: Most that it held without mapped files, looked at after every request.
+        failure: Why the engine has no or few samples; None where all went well.
     """
 
     engine: str
@@ -86,10 +86,10 @@ class Point:
     """Everything measured at one batch and context.
 
     Attributes:
-        batch: rows.
-        context: tokens of each before the first new one.
-        memory_speed: bytes a second that this machine's memory gave, read between the rounds.
-        measured: each engine, in the order in which they took turns.
+        batch: Rows.
+        context: Tokens of each before the first new one.
+        memory_speed: Bytes a second that this machine's memory gave, read between the rounds.
+        measured: Each engine, in the order in which they took turns.
     """
 
     batch: int
@@ -110,12 +110,12 @@ class Ratio:
     """How many times an engine's time another's is; above 1 the first is faster.
 
     Attributes:
-        phase: ``prefill`` or ``decode``.
-        batch: rows.
-        context: tokens of each.
-        engine: the bundle.
-        against: what it is compared with.
-        ratio: the other's time / the bundle's, paired by round.
+        phase: `prefill` or `decode`.
+        batch: Rows.
+        context: Tokens of each.
+        engine: The bundle.
+        against: What it is compared with.
+        ratio: The other's time / the bundle's, paired by round.
     """
 
     phase: Phase
@@ -131,17 +131,17 @@ class BenchResults:
     """A whole run.
 
     Attributes:
-        command: what was typed.
-        started: date and time, ISO 8601.
-        machine: where it ran.
-        options: what was asked for.
-        engines: what was measured.
-        versions: of each engine by name.
-        points: the measurements.
-        turns: every request in the order in which they were made.
-        waiting_share: processor time that waiting engines took, of the time measured in all.
-        absent: peers that were not measured, and why.
-        notes: what a reader must know to repeat it.
+        command: What was typed.
+        started: Date and time, ISO 8601.
+        machine: Where it ran.
+        options: What was asked for.
+        engines: What was measured.
+        versions: Of each engine by name.
+        points: The measurements.
+        turns: Every request in the order in which they were made.
+        waiting_share: Processor time that waiting engines took, of the time measured in all.
+        absent: Peers that were not measured, and why.
+        notes: What a reader must know to repeat it.
     """
 
     command: str

@@ -42,15 +42,15 @@ def bench(
     the others wait for theirs in a read.
 
     Args:
-        engines: at least one.
-        options: what to measure.
-        command: what was typed, for the record.
-        absent: peers that are not among the engines, and why.
-        notes: further words for the record.
-        on_turn: told what is being done, and how many turns of how many are over.
+        engines: At least one.
+        options: What to measure.
+        command: What was typed, for the record.
+        absent: Peers that are not among the engines, and why.
+        notes: Further words for the record.
+        on_turn: Told what is being done, and how many turns of how many are over.
 
     Raises:
-        BenchError: the points do not fit the models or the memory, or a bundle failed.
+        BenchError: The points do not fit the models or the memory, or a bundle failed.
     """
     _check(engines, options)
     on_turn("reading the files once", 0, 1)

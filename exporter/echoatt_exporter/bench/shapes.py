@@ -20,8 +20,8 @@ from transformers import (
 
 from echoatt_exporter.bench.machine import available_memory
 from echoatt_exporter.errors import BenchError
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.checkpoint import quiet_transformers
+from echoatt_runtime.contract.plan import SharingPlan
 
 # The published ones hold 2,048; without this 16,384 tokens could not be measured. Random weights
 # know no length, and the time does not depend on it.
@@ -34,9 +34,9 @@ class Shape:
     """A model's dimensions under a name.
 
     Attributes:
-        family: the model type.
-        fields: of its configuration.
-        plans: known sharing plans by their ratio in percent, as ``follower:source`` pairs.
+        family: The model type.
+        fields: Of its configuration.
+        plans: Known sharing plans by their ratio in percent, as `follower:source` pairs.
     """
 
     family: str
@@ -47,7 +47,7 @@ class Shape:
         """The known plan of that ratio, or one block of followers after layer 1.
 
         Raises:
-            BenchError: so many followers that a block does not fit.
+            BenchError: So many followers that a block does not fit.
         """
         layers = self.fields["num_hidden_layers"]
         if percent in self.plans:
@@ -119,11 +119,11 @@ def make_checkpoint(shape: Shape, directory: Path) -> None:
     The directory appears whole or not at all.
 
     Args:
-        shape: its dimensions.
-        directory: where to.
+        shape: Its dimensions.
+        directory: Where to.
 
     Raises:
-        BenchError: the memory does not hold it, or the file system refuses.
+        BenchError: The memory does not hold it, or the file system refuses.
     """
     if (directory / "config.json").is_file():
         return

@@ -12,10 +12,10 @@ class Spread:
     """A median and the quartiles around it.
 
     Attributes:
-        median: half of the samples lie on either side.
-        low: the first quartile.
-        high: the third quartile.
-        samples: how many there were.
+        median: Half of the samples lie on either side.
+        low: The first quartile.
+        high: The third quartile.
+        samples: How many there were.
     """
 
     median: float
@@ -33,13 +33,13 @@ class Spread:
 
 
 def paired_ratio(upper: Sequence[float], lower: Sequence[float]) -> Spread:
-    """The spread of ``upper / lower``, sample by sample.
+    """The spread of `upper / lower`, sample by sample.
 
     Samples of one round were taken within seconds of each other, so whatever slowed the machine
     slowed both, and their ratio moves less than either.
 
     Args:
-        upper: one sample a round.
-        lower: the same rounds.
+        upper: One sample a round.
+        lower: The same rounds.
     """
     return Spread.of([above / below for above, below in zip(upper, lower, strict=True)])

@@ -17,7 +17,7 @@ def onnx_weight_bytes(path: Path) -> int:
     """Bytes of the initializers that a graph's matrix products read.
 
     Args:
-        path: an ONNX model; its external data is not read.
+        path: An ONNX model; its external data is not read.
     """
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}

@@ -25,36 +25,36 @@ class DistillConfig:
     """How a student is healed; the defaults are the paper's (EchoAtt, arXiv 2409.14595, "Adjust").
 
     Attributes:
-        length: tokens of a row; never more than the model's context.
-        batch_size: rows of a process in one forward pass.
-        gradient_accumulation: forward passes of a process in one step.
-        stage1_steps: optimiser steps of stage 1 (distillation); 0 leaves the stage out. Without
+        length: Tokens of a row; never more than the model's context.
+        batch_size: Rows of a process in one forward pass.
+        gradient_accumulation: Forward passes of a process in one step.
+        stage1_steps: Optimiser steps of stage 1 (distillation); 0 leaves the stage out. Without
             steps and tokens the two stages together read the text once.
-        stage1_tokens: the same in tokens, rounded up to whole steps.
-        stage2_steps: optimiser steps of stage 2 (cross-entropy on the text); 0 leaves it out.
+        stage1_tokens: The same in tokens, rounded up to whole steps.
+        stage2_steps: Optimiser steps of stage 2 (cross-entropy on the text); 0 leaves it out.
             Without steps and tokens a quarter of stage 1.
-        stage2_tokens: the same in tokens, rounded up to whole steps.
-        block_weight: weight of the mean squared error of the block outputs in stage 1.
-        kl_weight: weight of the KL divergence between student and teacher in stage 1.
-        label_weight: weight of the cross-entropy to the teacher's most probable token in stage 1.
-        temperature: divides both models' logits in the KL, which is then multiplied by its square
+        stage2_tokens: The same in tokens, rounded up to whole steps.
+        block_weight: Weight of the mean squared error of the block outputs in stage 1.
+        kl_weight: Weight of the KL divergence between student and teacher in stage 1.
+        label_weight: Weight of the cross-entropy to the teacher's most probable token in stage 1.
+        temperature: Divides both models' logits in the KL, which is then multiplied by its square
             so that gradients keep their size.
-        kl_direction: ``student_teacher`` is KL(student ‖ teacher), the paper's; ``teacher_student``
+        kl_direction: `student_teacher` is KL(student ‖ teacher), the paper's; `teacher_student`
             is KL(teacher ‖ student).
         learning_rate: AdamW's at the end of the warm-up.
-        stage2_learning_rate: the same for stage 2; left out, as in stage 1.
-        scheduler: how the learning rate falls after the warm-up.
-        warmup: share of a stage's steps in which the learning rate rises from 0.
+        stage2_learning_rate: The same for stage 2; left out, as in stage 1.
+        scheduler: How the learning rate falls after the warm-up.
+        warmup: Share of a stage's steps in which the learning rate rises from 0.
         weight_decay: AdamW's, on matrices only.
-        max_grad_norm: a gradient with a greater norm is scaled down to it; 0 for no limit.
-        dtype: ``bf16`` computes in bfloat16 with weights and optimiser in float32.
-        attention: how followers get their probabilities: kept from the source (``materialized``),
-            computed again by fused attention (``recomputed``), or whichever is faster (``auto``).
-        gradient_checkpointing: compute layers again in the backward pass instead of keeping them.
-        seed: of the order of the rows and of dropout.
-        log_steps: steps between two lines of the log.
-        save_steps: steps between two checkpoints; a multiple of ``log_steps``.
-        keep_checkpoints: checkpoints kept of a stage.
+        max_grad_norm: A gradient with a greater norm is scaled down to it; 0 for no limit.
+        dtype: `bf16` computes in bfloat16 with weights and optimiser in float32.
+        attention: How followers get their probabilities: kept from the source (`materialized`),
+            computed again by fused attention (`recomputed`), or whichever is faster (`auto`).
+        gradient_checkpointing: Compute layers again in the backward pass instead of keeping them.
+        seed: Of the order of the rows and of dropout.
+        log_steps: Steps between two lines of the log.
+        save_steps: Steps between two checkpoints; a multiple of `log_steps`.
+        keep_checkpoints: Checkpoints kept of a stage.
     """
 
     length: int = 2048
@@ -92,11 +92,11 @@ class DistillConfig:
         """A configuration from names and values, as in a YAML file.
 
         Args:
-            values: by the names of the attributes; what is left out keeps its default.
-            origin: what errors call it, such as the file's name.
+            values: By the names of the attributes; what is left out keeps its default.
+            origin: What errors call it, such as the file's name.
 
         Raises:
-            TrainingError: unknown names, values of the wrong type or out of range; names every
+            TrainingError: Unknown names, values of the wrong type or out of range; names every
                 fault at once.
         """
         hints = get_type_hints(cls)
@@ -123,7 +123,7 @@ class DistillConfig:
         """The names and values in a YAML file, not yet judged.
 
         Raises:
-            TrainingError: the file cannot be read, or is not a YAML mapping.
+            TrainingError: The file cannot be read, or is not a YAML mapping.
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -138,20 +138,20 @@ class DistillConfig:
         return {str(name): value for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values; :meth:`of` reads them back."""
+        """Names and values; `of` reads them back."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """A YAML file's text; :meth:`read_yaml` and :meth:`of` read it back."""
+        """A YAML file's text; `read_yaml` and `of` read it back."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
         return text
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint`` wants it.
+    """`value` as `hint` wants it.
 
     Raises:
-        TypeError: it is of another type; the message says which one is wanted.
+        TypeError: It is of another type; the message says which one is wanted.
     """
     if get_origin(hint) is UnionType:
         if value is None:

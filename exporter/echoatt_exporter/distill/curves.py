@@ -23,8 +23,8 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the losses of both stages over the tokens seen.
 
     Args:
-        lines: the log's lines.
-        path: the PNG file.
+        lines: The log's lines.
+        path: The PNG file.
     """
     stages = sorted({line["stage"] for line in lines})
     figure = Figure(figsize=(5.5 * max(1, len(stages)), 4), layout="constrained")

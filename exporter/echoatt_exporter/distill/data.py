@@ -13,10 +13,10 @@ from echoatt_exporter.texts import Text, encode_texts, leading_tokens
 
 
 class TokenRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of token ids, in the form that ``transformers.Trainer`` takes.
+    """Rows of token ids, in the form that `transformers.Trainer` takes.
 
     Attributes:
-        rows: int64 [rows, length].
+        rows: Int64 [rows, length].
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
@@ -35,16 +35,16 @@ def pack_rows(
     """Documents one after the other, cut into rows.
 
     Args:
-        texts: the documents. The tokenizer's end of text stands after each, if it has one; what is
+        texts: The documents. The tokenizer's end of text stands after each, if it has one; what is
             left after the last whole row is not used.
-        tokenizer: its leading special tokens open every row and count.
-        length: tokens of a row.
+        tokenizer: Its leading special tokens open every row and count.
+        length: Tokens of a row.
 
     Returns:
         int64 [rows, length]; no rows where there is too little text.
 
     Raises:
-        TextError: the length leaves no room for text.
+        TextError: The length leaves no room for text.
     """
     lead = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
     width = length - len(lead)
@@ -65,17 +65,17 @@ def split_stages(
     """Deal rows out to the two stages.
 
     Args:
-        rows: int64 [rows, length].
-        steps: optimiser steps of stage 1 and of stage 2.
-        rows_a_step: rows that all processes together take in one step.
-        seed: of the order in which rows are dealt out.
+        rows: Int64 [rows, length].
+        steps: Optimiser steps of stage 1 and of stage 2.
+        rows_a_step: Rows that all processes together take in one step.
+        seed: Of the order in which rows are dealt out.
 
     Returns:
         The rows of each stage, whole steps of them. Stage 2 gets rows that stage 1 has not seen
         where there are enough for both; otherwise each stage reads all rows, as often as it takes.
 
     Raises:
-        TextError: the rows do not fill one step.
+        TextError: The rows do not fill one step.
     """
     whole = len(rows) // rows_a_step * rows_a_step
     if not whole:

@@ -1,6 +1,6 @@
 """A student whose forward pass returns the losses of a stage.
 
-Losses are computed inside ``forward`` because whatever wraps a model for many GPUs (DDP, FSDP,
+Losses are computed inside `forward` because whatever wraps a model for many GPUs (DDP, FSDP,
 DeepSpeed) looks after its parameters, the LM head's too, from there until the backward pass only.
 """
 
@@ -29,7 +29,7 @@ class HealingStudent(EchoAttForCausalLM):
     """A student in training; the parameters are those of the student that it is made from.
 
     Attributes:
-        settings: weights and directions of the losses.
+        settings: Weights and directions of the losses.
     """
 
     # A loss is a mean over the batch: transformers.Trainer divides by the accumulated batches
@@ -59,12 +59,12 @@ class HealingStudent(EchoAttForCausalLM):
 
         Args:
             input_ids: [B, S], without padding.
-            labels: stage 2: the token ids themselves.
-            target: stage 1: the teacher's side.
+            labels: Stage 2: the token ids themselves.
+            target: Stage 1: the teacher's side.
 
         Returns:
-            ``loss`` and its parts, scalars: ``blocks``, ``kl`` and ``labels`` in stage 1 (before
-            they are weighted), ``text`` in stage 2.
+            `loss` and its parts, scalars: `blocks`, `kl` and `labels` in stage 1 (before
+            they are weighted), `text` in stage 2.
         """
         outputs = block_outputs(super().forward, self, input_ids)
         head, vocab_size = head_of(self.decoder), self.decoder.config.vocab_size
@@ -98,8 +98,8 @@ def block_outputs(forward: Any, model: EchoAttForCausalLM, input_ids: torch.Tens
     which it puts before them, is left out. No logits are computed but one token's, unused.
 
     Args:
-        forward: the forward method of ``model``.
-        model: a student; of a teacher, the unshared one.
+        forward: The forward method of `model`.
+        model: A student; of a teacher, the unshared one.
         input_ids: [B, S], without padding.
     """
     recomputed = model.decoder.config._attn_implementation == RECOMPUTED_NAME
@@ -115,5 +115,5 @@ def block_outputs(forward: Any, model: EchoAttForCausalLM, input_ids: torch.Tens
 
 
 def set_attention(model: EchoAttForCausalLM, *, recomputed: bool) -> None:
-    """Choose how :func:`block_outputs` attends."""
+    """Choose how `block_outputs` attends."""
     model.decoder.set_attn_implementation(RECOMPUTED_NAME if recomputed else ATTENTION_NAME)

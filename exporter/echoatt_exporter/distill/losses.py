@@ -33,9 +33,9 @@ class Target:
     """What a teacher says about a batch.
 
     Attributes:
-        block_outputs: the hidden state [B, S, E] after each decoder layer, the last one after the
+        block_outputs: The hidden state [B, S, E] after each decoder layer, the last one after the
             final norm.
-        head: the teacher's head; the last hidden state goes in.
+        head: The teacher's head; the last hidden state goes in.
     """
 
     block_outputs: tuple[torch.Tensor, ...]
@@ -46,8 +46,8 @@ def block_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor])
     """Mean squared error of the block outputs, a mean over layers, tokens and elements.
 
     Args:
-        student: a hidden state [B, S, E] for each layer.
-        teacher: the same of the teacher.
+        student: A hidden state [B, S, E] for each layer.
+        teacher: The same of the teacher.
     """
     losses = [
         F.mse_loss(ours.float(), theirs.float())
@@ -68,12 +68,12 @@ def imitation_loss(
     """KL divergence to the teacher and cross-entropy to the teacher's most probable token.
 
     Args:
-        head: the student's head.
-        hidden_BSE: the student's last hidden state.
-        target: the teacher's side.
-        temperature: of the KL, which is multiplied by its square (Hinton et al., arXiv 1503.02531).
-        direction: see :class:`~echoatt_exporter.distill.config.DistillConfig`.
-        vocab_size: for the size of a chunk.
+        head: The student's head.
+        hidden_BSE: The student's last hidden state.
+        target: The teacher's side.
+        temperature: Of the KL, which is multiplied by its square (Hinton et al., arXiv 1503.02531).
+        direction: See `echoatt_exporter.distill.config.DistillConfig`.
+        vocab_size: For the size of a chunk.
 
     Returns:
         Both in nats a token, scalars.
@@ -105,10 +105,10 @@ def text_loss(
     """Cross-entropy of each next token, in nats a token, a scalar.
 
     Args:
-        head: the student's head.
-        hidden_BSE: the student's last hidden state.
-        labels_BS: the token ids themselves; each is predicted from those before it.
-        vocab_size: for the size of a chunk.
+        head: The student's head.
+        hidden_BSE: The student's last hidden state.
+        labels_BS: The token ids themselves; each is predicted from those before it.
+        vocab_size: For the size of a chunk.
     """
 
     def chunk(ours_NE: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -127,7 +127,7 @@ def _logits(head: Head, hidden_NE: torch.Tensor) -> torch.Tensor:
 def _in_chunks(
     loss: _ChunkLoss, ours: torch.Tensor, theirs: torch.Tensor, vocab_size: int
 ) -> list[torch.Tensor]:
-    """Sums of a loss's parts over chunks of tokens, computed again in the backward pass."""
+    """Sum of a loss's parts over chunks of tokens, computed again in the backward pass."""
     size = max(1, CHUNK_ELEMENTS // vocab_size)
     pairs = list(zip(torch.split(ours, size), torch.split(theirs, size), strict=True))
     if len(pairs) == 1:

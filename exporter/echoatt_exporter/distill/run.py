@@ -19,8 +19,8 @@ from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.distill.curves import draw_curves
 from echoatt_exporter.distill.data import TokenRows, pack_rows, split_stages
 from echoatt_exporter.distill.healing_student import HealingStudent, set_attention
+from echoatt_exporter.distill.resolve import check_pair, check_tokens, resolve_config, stages_of
 from echoatt_exporter.distill.run_folder import RunFolder
-from echoatt_exporter.distill.settle import check_pair, check_tokens, settle, stages_of
 from echoatt_exporter.distill.trainer import (
     HealingTrainer,
     Progress,
@@ -29,17 +29,17 @@ from echoatt_exporter.distill.trainer import (
     training_arguments,
 )
 from echoatt_exporter.errors import TrainingError
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import (
     checkpoint_digest,
-    load_student,
+    load_shared,
     load_teacher,
     quiet_transformers,
     save_student,
 )
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.texts import load_tokenizer, read_texts, texts_digest
+from echoatt_runtime.contract.plan import SharingPlan
 from echoatt_runtime.errors import one_line
 
 
@@ -48,13 +48,13 @@ class DistillReport:
     """What a run did.
 
     Attributes:
-        student: the healed student's directory.
-        steps: optimiser steps of each stage.
-        tokens: tokens trained on in both stages, those before a resumption too.
-        seconds: that this call took in training.
-        tokens_per_second: in this call; None where it trained nothing.
-        losses: the last logged loss of each stage that has one, by its number.
-        config: the configuration in effect.
+        student: The healed student's directory.
+        steps: Optimiser steps of each stage.
+        tokens: Tokens trained on in both stages, those before a resumption too.
+        seconds: That this call took in training.
+        tokens_per_second: In this call; None where it trained nothing.
+        losses: The last logged loss of each stage that has one, by its number.
+        config: The configuration in effect.
     """
 
     student: Path
@@ -86,34 +86,34 @@ def distill(
 
     Stage 1 distils the teacher into the student, stage 2 trains it on the text. A run that was
     stopped goes on from its last checkpoint when it is started again with the same inputs.
-    Under ``torchrun`` or ``accelerate launch`` every process calls this.
+    Under `torchrun` or `accelerate launch` every process calls this.
 
     Args:
-        teacher_dir: the teacher.
-        student_dir: the student; a teacher's directory is trained unshared, as a control.
-        text_files: see :func:`~echoatt_exporter.texts.read_texts`.
-        out: gets ``student``, ``loss.png``, ``log.jsonl``, ``distill.yaml`` and ``checkpoints``.
-        config: how; None for the defaults.
-        trust_remote_code: run code that the checkpoints bring.
-        on_step: called in the main process after each step.
+        teacher_dir: The teacher.
+        student_dir: The student; a teacher's directory is trained unshared, as a control.
+        text_files: See `echoatt_exporter.texts.read_texts`.
+        out: Gets `student`, `loss.png`, `log.jsonl`, `distill.yaml` and `checkpoints`.
+        config: How; None for the defaults.
+        trust_remote_code: Run code that the checkpoints bring.
+        on_step: Called in the main process after each step.
 
     Returns:
         What was done; None in processes other than the main one.
 
     Raises:
-        OutputExistsError: ``out`` holds a finished run.
-        TrainingError: ``out`` holds another run, or the configuration does not fit the model.
-        DivergedError: the loss or a gradient is not a number.
-        TextError: unreadable texts, or too little for one step.
-        CheckpointError: a model directory that cannot be read.
-        UnsupportedModelError: a model that cannot be shared.
+        OutputExistsError: `out` holds a finished run.
+        TrainingError: `out` holds another run, or the configuration does not fit the model.
+        DivergedError: The loss or a gradient is not a number.
+        TextError: Unreadable texts, or too little for one step.
+        CheckpointError: A model directory that cannot be read.
+        UnsupportedModelError: A model that cannot be shared.
     """
     config = config or DistillConfig()
     folder = RunFolder(Path(out))
     folder.check_unfinished()
     texts = read_texts(text_files)
     tokenizer = load_tokenizer(student_dir, trust_remote_code=trust_remote_code)
-    student = load_student(student_dir, None, trust_remote_code=trust_remote_code)
+    student = load_shared(student_dir, None, trust_remote_code=trust_remote_code)
     dtype, text_config = student.dtype, student.decoder.config
     teacher = load_teacher(
         teacher_dir,
@@ -127,7 +127,9 @@ def distill(
     with quiet_transformers():
         arguments = training_arguments(config, Stage(1, 1, 1.0), folder.checkpoints(1))
         a_step = rows_a_step(arguments)
-        config = settle(config, length, len(rows), a_step, text_config, arguments.device.type)
+        config = resolve_config(
+            config, length, len(rows), a_step, text_config, arguments.device.type
+        )
         stages = stages_of(config)
         data = split_stages(rows, (stages[0].steps, stages[1].steps), a_step, config.seed)
         main = arguments.process_index == 0
@@ -150,7 +152,7 @@ def distill(
                 with _one_line_errors(folder.root):
                     run.train(latest, stage, stage_rows)
             if done.is_dir():
-                latest = load_student(done, None)
+                latest = load_shared(done, None)
     if not main:
         return None
     lines = folder.read_log()
@@ -226,7 +228,7 @@ def _one_line_errors(out: Path) -> Iterator[None]:
     """Turn what the machine runs out of into a line.
 
     Raises:
-        TrainingError: memory or the disk is full, or the disk refuses.
+        TrainingError: Memory or the disk is full, or the disk refuses.
     """
     try:
         yield

@@ -23,7 +23,7 @@ class RunFolder:
     """Where a run lies.
 
     Attributes:
-        root: the folder; made by :meth:`begin`.
+        root: The folder; made by `begin`.
     """
 
     root: Path
@@ -65,7 +65,7 @@ class RunFolder:
         """Refuse a folder that holds a finished run, or something else.
 
         Raises:
-            OutputExistsError: it does.
+            OutputExistsError: It does.
         """
         if self.student.exists():
             raise OutputExistsError(
@@ -82,13 +82,13 @@ class RunFolder:
         """Make the folder, or see that it belongs to the same run.
 
         Args:
-            config: the configuration in effect.
-            inputs: digests of teacher, student and text, and the number of processes.
+            config: The configuration in effect.
+            inputs: Digests of teacher, student and text, and the number of processes.
 
         Raises:
-            TrainingError: the run in the folder was begun with something else; or the folder
+            TrainingError: The run in the folder was begun with something else; or the folder
                 cannot be made.
-            CheckpointError: the folder's own record cannot be read.
+            CheckpointError: The folder's own record cannot be read.
         """
         asked: dict[str, Any] = {**inputs, **config.to_dict()}
         if self.inputs.exists():

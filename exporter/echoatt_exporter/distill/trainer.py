@@ -1,4 +1,4 @@
-"""The losses on ``transformers.Trainer``, which brings everything else of training."""
+"""The losses on `transformers.Trainer`, which brings everything else of training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Stage:
 
     Attributes:
         number: 1 (distillation) or 2 (cross-entropy on the text).
-        steps: optimiser steps.
-        learning_rate: at the end of the warm-up.
+        steps: Optimiser steps.
+        learning_rate: At the end of the warm-up.
     """
 
     number: Literal[1, 2]
@@ -44,10 +44,10 @@ class Progress:
     """Where a run is, after each step.
 
     Attributes:
-        stage: the stage's number.
-        step: steps done in it.
-        steps: steps of it.
-        tokens: tokens that a step takes.
+        stage: The stage's number.
+        step: Steps done in it.
+        steps: Steps of it.
+        tokens: Tokens that a step takes.
     """
 
     stage: int
@@ -60,9 +60,9 @@ def training_arguments(config: DistillConfig, stage: Stage, directory: Path) -> 
     """A stage in transformers' words.
 
     Args:
-        config: what the user chose; the rest is transformers' default.
-        stage: the stage.
-        directory: gets the stage's checkpoints.
+        config: What the user chose; the rest is transformers' default.
+        stage: The stage.
+        directory: Gets the stage's checkpoints.
     """
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -104,14 +104,14 @@ class HealingTrainer(Trainer):
     """Trains a student through one stage.
 
     Args:
-        student: the student, to be trained.
-        teacher: the teacher as an unshared student in evaluation mode, in stage 1; only its device
+        student: The student, to be trained.
+        teacher: The teacher as an unshared student in evaluation mode, in stage 1; only its device
             changes.
-        arguments: see :func:`training_arguments`.
-        stage: the stage.
-        rows: its data.
-        on_log: called in the main process with each line of the log.
-        on_step: called in the main process after each step.
+        arguments: See `training_arguments`.
+        stage: The stage.
+        rows: Its data.
+        on_log: Called in the main process with each line of the log.
+        on_step: Called in the main process after each step.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class HealingTrainer(Trainer):
         self._logged = (0, 0.0)
 
     def start_clock(self, step: int) -> None:
-        """Count tokens/s from here, where ``step`` steps are done."""
+        """Count tokens/s from here, where `step` steps are done."""
         self.resumed_step = step
         self._logged = (step, time.perf_counter())
 
@@ -157,7 +157,7 @@ class HealingTrainer(Trainer):
         """The stage's loss, a mean over the batch's tokens.
 
         Raises:
-            DivergedError: it is not a finite number.
+            DivergedError: It is not a finite number.
         """
         if self.teacher is None:
             parts = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
@@ -200,7 +200,7 @@ class HealingTrainer(Trainer):
         """Refuse gradients that are not finite, before clipping spreads them over all parameters.
 
         Raises:
-            DivergedError: names the first parameter, in the model's order.
+            DivergedError: Names the first parameter, in the model's order.
         """
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         if torch.isfinite(nn.utils.get_total_norm([gradient for _, gradient in named])):

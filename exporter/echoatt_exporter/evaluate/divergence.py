@@ -18,8 +18,8 @@ def next_token_divergence(reference_RV: torch.Tensor, model_RV: torch.Tensor) ->
     own error in such a sum, so it is taken in float64.
 
     Args:
-        reference_RV: logits.
-        model_RV: logits over the same vocabulary, of the same rows, on the same device.
+        reference_RV: Logits.
+        model_RV: Logits over the same vocabulary, of the same rows, on the same device.
 
     Returns:
         Nats, float64 [R]; infinite where the model rules out what the reference does not.
@@ -34,7 +34,7 @@ def same_top_token(reference_RV: torch.Tensor, model_RV: torch.Tensor) -> torch.
     """Whether both find the same token most probable: bool [R].
 
     Args:
-        reference_RV: logits.
-        model_RV: as in :func:`next_token_divergence`.
+        reference_RV: Logits.
+        model_RV: As in `next_token_divergence`.
     """
     return reference_RV.argmax(dim=-1) == model_RV.argmax(dim=-1)

@@ -22,11 +22,11 @@ from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
 from echoatt_exporter.share.unfit_checkpoints import CONFIG
 from echoatt_exporter.texts import load_tokenizer
+from echoatt_runtime.cache.kv_cache import bucket_capacity
 from echoatt_runtime.errors import DamagedBundleError
+from echoatt_runtime.executor.session import MODEL_FILE, Session, open_session
 from echoatt_runtime.generate import iter_chunks, run_chunk
-from echoatt_runtime.kv_cache import bucket_capacity
-from echoatt_runtime.session import MODEL_FILE, Session, open_session
-from echoatt_runtime.tokenizer import TOKENIZER_FILE
+from echoatt_runtime.text.tokenizer import TOKENIZER_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class WindowBatch:
     """Windows of text to run together, each by itself.
 
     Attributes:
-        windows: the token ids of each, of any lengths but 0.
-        firsts: of each, the first position whose logits are wanted; so are those of all after it.
-        chunk: positions of every window whose logits are made at once.
+        windows: The token ids of each, of any lengths but 0.
+        firsts: Of each, the first position whose logits are wanted; so are those of all after it.
+        chunk: Positions of every window whose logits are made at once.
     """
 
     windows: Sequence[Sequence[int]]
@@ -77,7 +77,7 @@ class TextModel(Protocol):
         """Run windows.
 
         Yields:
-            For each chunk the logits [R, V], float32, of ``batch.wanted()``, window by window. R
+            For each chunk the logits [R, V], float32, of `batch.wanted()`, window by window. R
             may be 0.
         """
 
@@ -86,10 +86,10 @@ class CheckpointModel:
     """A teacher or a student, run by PyTorch.
 
     Attributes:
-        model: in evaluation mode, on any device.
-        tokenizer: its own.
-        vocab_size: width of its logits.
-        context_length: the most tokens that it was made for.
+        model: In evaluation mode, on any device.
+        tokenizer: Its own.
+        vocab_size: Width of its logits.
+        context_length: The most tokens that it was made for.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -101,7 +101,7 @@ class CheckpointModel:
 
     @torch.no_grad()
     def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
-        """See :meth:`TextModel.logits`."""
+        """See `TextModel.logits`."""
         # What stands after a token does not reach it: padding needs no mask
         ids_BT = torch.zeros((len(batch.windows), batch.longest), dtype=torch.int64)
         for row, window in enumerate(batch.windows):
@@ -132,10 +132,10 @@ class BundleModel:
     """A bundle, run by the runtime.
 
     Attributes:
-        session: the opened bundle.
-        tokenizer: the one beside it.
-        vocab_size: width of its logits.
-        context_length: the most tokens that it was made for.
+        session: The opened bundle.
+        tokenizer: The one beside it.
+        vocab_size: Width of its logits.
+        context_length: The most tokens that it was made for.
     """
 
     def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -145,7 +145,7 @@ class BundleModel:
         self.context_length = session.manifest.context_length
 
     def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
-        """See :meth:`TextModel.logits`."""
+        """See `TextModel.logits`."""
         session = self.session
         # As in generation: a small cache that grows costs least, but on a device growing costs most
         first = min(batch.chunk, batch.longest) if session.device == "cpu" else batch.longest
@@ -175,19 +175,19 @@ def open_model(
     """Load what lies at a path, with its tokenizer.
 
     Args:
-        path: a teacher's or student's directory, or a bundle: a file, or a directory with
-            ``model.onnx``.
-        device: where PyTorch computes, or ``cpu`` or ``cuda`` for a bundle.
-        dtype: what PyTorch computes in; None for that of the weights. A bundle has its own.
+        path: A teacher's or student's directory, or a bundle: a file, or a directory with
+            `model.onnx`.
+        device: Where PyTorch computes, or `cpu` or `cuda` for a bundle.
+        dtype: What PyTorch computes in; None for that of the weights. A bundle has its own.
         threads: CPU threads of a bundle; None leaves it to ONNX Runtime. PyTorch's are the whole
-            process's (``torch.set_num_threads``).
-        trust_remote_code: run code that a checkpoint or a tokenizer brings.
+            process's (`torch.set_num_threads`).
+        trust_remote_code: Run code that a checkpoint or a tokenizer brings.
 
     Raises:
-        CheckpointError: neither is there, or the checkpoint or its tokenizer cannot be loaded.
-        UnsupportedModelError: the checkpoint is of another family.
-        BundleError: the bundle cannot be used, or has no tokenizer beside it.
-        DeviceError: the bundle cannot run on the device.
+        CheckpointError: Neither is there, or the checkpoint or its tokenizer cannot be loaded.
+        UnsupportedModelError: The checkpoint is of another family.
+        BundleError: The bundle cannot be used, or has no tokenizer beside it.
+        DeviceError: The bundle cannot run on the device.
         AnalysisError: PyTorch cannot compute on the device.
     """
     path = Path(path)

@@ -38,10 +38,10 @@ class _Tokens:
     """Documents as a model's tokens.
 
     Attributes:
-        lead: special tokens that open every window.
-        documents: the ids, int64 [tokens], of each document that has some to score.
-        skipped: tokens at the start of a document that are not scored.
-        bytes: of what is scored, UTF-8.
+        lead: Special tokens that open every window.
+        documents: The ids, int64 [tokens], of each document that has some to score.
+        skipped: Tokens at the start of a document that are not scored.
+        bytes: Of what is scored, UTF-8.
     """
 
     lead: list[int]
@@ -68,7 +68,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Tokens ``begin`` to ``end`` of a document, of which those from ``first`` on are scored."""
+    """Tokens `begin` to `end` of a document, of which those from `first` on are scored."""
 
     document: int
     begin: int
@@ -88,25 +88,25 @@ def score_documents(
 ) -> TextScore:
     """Score every token of every document once, each document by itself.
 
-    A window of ``length`` tokens moves on by ``stride``, and in each the tokens that no earlier
-    window had are scored: every token is predicted from at least ``length - stride`` tokens before
-    it where the document has them. The tokenizer's leading special tokens, such as ``<s>``, open
+    A window of `length` tokens moves on by `stride`, and in each the tokens that no earlier
+    window had are scored: every token is predicted from at least `length - stride` tokens before
+    it where the document has them. The tokenizer's leading special tokens, such as `<s>`, open
     every window and count as a part of it; without any, a document's first token has nothing before
     it and is not scored, nor are its bytes counted.
 
     Args:
-        model: what is scored, with its tokenizer.
-        documents: the texts.
-        length: tokens in a window, at most the model's context.
-        stride: new tokens a window.
-        batch_size: windows run at once; logits are made for some thousand of their tokens at once.
-        max_tokens: stop after so many scored tokens; None scores all.
-        on_progress: told (tokens scored, tokens to score) after every batch.
+        model: What is scored, with its tokenizer.
+        documents: The texts.
+        length: Tokens in a window, at most the model's context.
+        stride: New tokens a window.
+        batch_size: Windows run at once; logits are made for some thousand of their tokens at once.
+        max_tokens: Stop after so many scored tokens; None scores all.
+        on_progress: Told (tokens scored, tokens to score) after every batch.
 
     Raises:
-        AnalysisError: a length or a stride that cannot be, token ids that the model lacks, or a
+        AnalysisError: A length or a stride that cannot be, token ids that the model lacks, or a
             loss that is not a number.
-        TextError: there is no token to score.
+        TextError: There is no token to score.
     """
     _check([model], batch_size, max_tokens)
     tokens = _tokenise(documents, model.tokenizer, max_tokens)
@@ -127,23 +127,23 @@ def compare_documents(
 ) -> TextComparison:
     """Score two models in one pass, and hold their predictions of every token against each other.
 
-    Both run the windows of :func:`score_documents` in lockstep, so that both models' logits exist
+    Both run the windows of `score_documents` in lockstep, so that both models' logits exist
     for some thousand tokens at once, however long the text is.
 
     Args:
-        model: what is judged: a student, or a quantised bundle.
-        reference: what it is held against: its teacher, or the bundle in fp32.
-        documents: the texts.
-        length: tokens in a window, at most either model's context.
-        stride: as in :func:`score_documents`, and so are the others.
-        batch_size: windows run at once.
-        max_tokens: stop after so many scored tokens.
-        on_progress: told (tokens scored, tokens to score).
+        model: What is judged: a student, or a quantised bundle.
+        reference: What it is held against: its teacher, or the bundle in fp32.
+        documents: The texts.
+        length: Tokens in a window, at most either model's context.
+        stride: As in `score_documents`, and so are the others.
+        batch_size: Windows run at once.
+        max_tokens: Stop after so many scored tokens.
+        on_progress: Told (tokens scored, tokens to score).
 
     Raises:
-        AnalysisError: as in :func:`score_documents`, or the models differ in their vocabulary or in
+        AnalysisError: As in `score_documents`, or the models differ in their vocabulary or in
             the tokens that the text is to them.
-        TextError: there is no token to score.
+        TextError: There is no token to score.
     """
     models = (model, reference)
     _check(models, batch_size, max_tokens)
@@ -226,7 +226,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, row: torch.Tensor) -> str:
 
 
 def _windows(tokens: _Tokens, width: int, stride: int) -> Iterator[_Window]:
-    """The windows of ``width`` tokens over all documents, a document's first the shorter."""
+    """The windows of `width` tokens over all documents, a document's first the shorter."""
     for index, document in enumerate(tokens.documents):
         end = min(width, len(document))
         yield _Window(index, 0, tokens.skipped, end)

@@ -30,8 +30,8 @@ class TextScore:
     """A model's losses on a text.
 
     Attributes:
-        nats: the loss of every scored token in the order of the text, float32 [tokens].
-        bytes: the length of what was scored, UTF-8.
+        nats: The loss of every scored token in the order of the text, float32 [tokens].
+        bytes: The length of what was scored, UTF-8.
         token_digest: SHA-256 of the scored tokens' ids: scores are compared on the same ones only.
     """
 
@@ -60,7 +60,7 @@ class TextScore:
         return float(self.nats.sum(dtype=np.float64)) / math.log(2) / self.bytes
 
     def interval(self, *, seed: int = 0) -> Interval:
-        """The 95 % confidence interval of the perplexity, as :func:`mean_interval` makes it."""
+        """The 95 % confidence interval of the perplexity, as `mean_interval` makes it."""
         return Interval(*map(math.exp, mean_interval(self.nats, seed=seed)))
 
 
@@ -69,8 +69,8 @@ class ScoreRatio:
     """One model's perplexity over another's.
 
     Attributes:
-        ratio: above 1 the first is worse.
-        interval: its 95 % confidence interval.
+        ratio: Above 1 the first is worse.
+        interval: Its 95 % confidence interval.
     """
 
     ratio: float
@@ -87,7 +87,7 @@ def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0) -> Interv
 
     Args:
         values: [values], at least one.
-        seed: for the draws.
+        seed: For the draws.
     """
     size = max(1, min(_BLOCK_TOKENS, len(values) // _FEWEST_BLOCKS))
     starts = np.arange(0, len(values), size)
@@ -109,12 +109,12 @@ def compare_scores(score: TextScore, reference: TextScore, *, seed: int = 0) -> 
     hard for both does not widen the interval.
 
     Args:
-        score: the model's, a student's for one.
-        reference: what it is held against, its teacher's.
-        seed: as in :func:`mean_interval`.
+        score: The model's, a student's for one.
+        reference: What it is held against, its teacher's.
+        seed: As in `mean_interval`.
 
     Raises:
-        AnalysisError: the scores are not of the same tokens.
+        AnalysisError: The scores are not of the same tokens.
     """
     if score.token_digest != reference.token_digest:
         raise AnalysisError(
@@ -131,11 +131,11 @@ class TextComparison:
     """What two models predict of the same tokens.
 
     Attributes:
-        score: the model's losses.
-        reference: the losses of what it is held against.
+        score: The model's losses.
+        reference: The losses of what it is held against.
         divergence: KL(reference ‖ model) of the next token's distribution where each scored token
             is predicted, in nats, float32 [tokens].
-        agreement: whether both find the same token most probable there, bool [tokens].
+        agreement: Whether both find the same token most probable there, bool [tokens].
     """
 
     score: TextScore
@@ -149,7 +149,7 @@ class TextComparison:
         return float(self.divergence.mean(dtype=np.float64))
 
     def kl_interval(self, *, seed: int = 0) -> Interval:
-        """The 95 % confidence interval of :attr:`kl`, as :func:`mean_interval` makes it."""
+        """The 95 % confidence interval of `kl`, as `mean_interval` makes it."""
         return mean_interval(self.divergence, seed=seed)
 
     @property
@@ -158,5 +158,5 @@ class TextComparison:
         return float(self.agreement.mean())
 
     def ratio(self, *, seed: int = 0) -> ScoreRatio:
-        """The model's perplexity over the reference's, as :func:`compare_scores` makes it."""
+        """The model's perplexity over the reference's, as `compare_scores` makes it."""
         return compare_scores(self.score, self.reference, seed=seed)

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from echoatt_exporter.passes.block_quantizer import BLOCK_SIZE, quantize_blocks, zero_level
+from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks, zero_level
 
 _Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @contextmanager
 def float32_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Let a 16-bit ``model`` compute in float32, within the context.
+    """Let a 16-bit `model` compute in float32, within the context.
 
     The weights keep their 16-bit values. This is what a 16-bit bundle is held against: PyTorch's
     own 16-bit arithmetic would add rounding errors as large as the bundle's, and on a CPU its
@@ -54,9 +54,9 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
-    """Let ``model`` multiply by weights rounded to ``bits``, as in a bundle, within the context.
+    """Let `model` multiply by weights rounded to `bits`, as in a bundle, within the context.
 
-    Every :class:`torch.nn.Linear` is quantised, the LM head too; a tied embedding table is not.
+    Every `torch.nn.Linear` is quantised, the LM head too; a tied embedding table is not.
     """
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from echoatt_runtime.kv_cache import BUCKET
-from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.step_buffers import Integers
-from echoatt_runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
+from echoatt_runtime.cache.kv_cache import BUCKET
+from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.executor.step_buffers import Integers
+from echoatt_runtime.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914
 _PREFILL_TOKENS = 40
@@ -43,9 +43,9 @@ class TextRequest:
     """A text that PyTorch shall run.
 
     Attributes:
-        tokens: int64 [S].
-        greedy: how many tokens PyTorch appends, each its most likely one.
-        positions: the positions whose logits are kept, ascending, appended tokens included.
+        tokens: Int64 [S].
+        greedy: How many tokens PyTorch appends, each its most likely one.
+        positions: The positions whose logits are kept, ascending, appended tokens included.
     """
 
     tokens: Integers
@@ -58,9 +58,9 @@ class Case:
     """A way of feeding texts to a bundle.
 
     Attributes:
-        name: for the report.
-        texts: by row of the batch, which text it runs.
-        steps: by call, how many tokens of its text each row gets. Rows that get fewer than the
+        name: For the report.
+        texts: By row of the batch, which text it runs.
+        steps: By call, how many tokens of its text each row gets. Rows that get fewer than the
             longest one are padded on the right.
     """
 
@@ -74,9 +74,9 @@ class Script:
     """Everything that is compared.
 
     Attributes:
-        texts: what PyTorch runs.
-        cases: what the bundle runs.
-        rounded: the case that a bundle with quantised weights repeats with PyTorch computing from
+        texts: What PyTorch runs.
+        cases: What the bundle runs.
+        rounded: The case that a bundle with quantised weights repeats with PyTorch computing from
             the same rounded weights.
     """
 
@@ -91,13 +91,13 @@ def write_script(
     """Choose texts and cases for a model.
 
     Args:
-        manifest: the bundle's.
-        tokenizer_dir: where real prompts get their tokens; without a ``tokenizer.json`` there, the
+        manifest: The bundle's.
+        tokenizer_dir: Where real prompts get their tokens; without a `tokenizer.json` there, the
             tokens of every text are random (and always the same).
-        max_context: the most tokens of the long text; None is the model's context length.
+        max_context: The most tokens of the long text; None is the model's context length.
 
     Raises:
-        BundleError: the tokenizer's files are damaged.
+        BundleError: The tokenizer's files are damaged.
     """
     limit = manifest.context_length
     if max_context is not None:

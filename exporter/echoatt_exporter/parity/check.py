@@ -7,16 +7,17 @@ import gc
 from pathlib import Path
 
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import CheckpointError, PlanError
+from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.compare import compare
 from echoatt_exporter.parity.reference import record_reference
 from echoatt_exporter.parity.report import ParityReport
-from echoatt_exporter.plan import SharingPlan
-from echoatt_exporter.share.checkpoint import load_student
+from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import GRAPH_DTYPES
-from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import find_model, read_manifest
+from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.errors import PlanError
+from echoatt_runtime.executor.session import find_model, read_manifest
 
 
 def check_parity(
@@ -32,17 +33,17 @@ def check_parity(
     PyTorch runs first and is gone before the bundle is opened: memory holds one of them at a time.
 
     Args:
-        model_dir: a student's directory, or a teacher's.
-        bundle: the bundle's model file, or a directory with ``model.onnx``.
-        plan: the sharing plan, or its ``follower:source`` pairs; None takes the bundle's own.
-        max_context: the most tokens of the long text; None goes up to the model's context length.
-        trust_remote_code: run code that the checkpoint brings.
+        model_dir: A student's directory, or a teacher's.
+        bundle: The bundle's model file, or a directory with `model.onnx`.
+        plan: The sharing plan, or its `follower:source` pairs; None takes the bundle's own.
+        max_context: The most tokens of the long text; None goes up to the model's context length.
+        trust_remote_code: Run code that the checkpoint brings.
 
     Returns:
         The report; it may say that they differ.
 
     Raises:
-        EchoAttError: they could not be compared: no such model or bundle, another plan, another
+        EchoAttError: They could not be compared: no such model or bundle, another plan, another
             shape.
     """
     path = find_model(bundle)
@@ -60,7 +61,7 @@ def check_parity(
             f"could not compare: {path} was exported with its followers' heads in another order"
             " than the plan's; leave the plan out, or export with it"
         )
-    student = load_student(
+    student = load_shared(
         model_dir,
         plan,
         dtype=GRAPH_DTYPES[manifest.dtype],
@@ -86,15 +87,15 @@ def assert_parity(
     """Fail unless PyTorch and a bundle agree; for a test.
 
     Args:
-        model_dir: as in :func:`check_parity`, and so are the others.
-        bundle: the bundle.
-        plan: the sharing plan.
-        max_context: the most tokens of the long text.
-        trust_remote_code: run code that the checkpoint brings.
+        model_dir: As in `check_parity`, and so are the others.
+        bundle: The bundle.
+        plan: The sharing plan.
+        max_context: The most tokens of the long text.
+        trust_remote_code: Run code that the checkpoint brings.
 
     Raises:
-        ParityError: they differ.
-        EchoAttError: they could not be compared.
+        ParityError: They differ.
+        EchoAttError: They could not be compared.
     """
     check_parity(
         model_dir, bundle, plan, max_context=max_context, trust_remote_code=trust_remote_code

@@ -14,6 +14,12 @@ import numpy.typing as npt
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.cases import Case
 from echoatt_exporter.parity.feeding import Texts, feed
+from echoatt_exporter.parity.instrumented import (
+    choose_device,
+    describe,
+    needs_float32,
+    open_bundle,
+)
 from echoatt_exporter.parity.reference import Floats, ReferenceRun
 from echoatt_exporter.parity.report import (
     TOLERANCES,
@@ -22,14 +28,8 @@ from echoatt_exporter.parity.report import (
     Tolerance,
     rounding_tolerance,
 )
-from echoatt_exporter.parity.twins import (
-    choose_device,
-    describe,
-    needs_float32,
-    open_bundle,
-)
-from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.session import Session, read_manifest
+from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.executor.session import Session, read_manifest
 
 _Doubles = npt.NDArray[np.float64]
 
@@ -51,12 +51,12 @@ def compare(reference: ReferenceRun, bundle_path: Path) -> ParityReport:
 
     Args:
         reference: PyTorch's side.
-        bundle_path: the model file.
+        bundle_path: The model file.
 
     Raises:
-        CheckpointError: the bundle was made from another kind of model, or with another plan.
-        BundleError: the bundle is damaged.
-        DeviceError: it cannot be run.
+        CheckpointError: The bundle was made from another kind of model, or with another plan.
+        BundleError: The bundle is damaged.
+        DeviceError: It cannot be run.
     """
     manifest = read_manifest(bundle_path)
     _check_same(reference.manifest, manifest, bundle_path)
@@ -144,9 +144,9 @@ class Statistics:
         """Take one position's logits.
 
         Args:
-            position: in its text.
+            position: In its text.
             expected_V: PyTorch's, all finite.
-            found_V: the bundle's.
+            found_V: The bundle's.
         """
         self._rows += 1
         if nans := int(np.count_nonzero(~np.isfinite(found_V))):

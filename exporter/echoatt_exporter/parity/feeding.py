@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from echoatt_exporter.parity.cases import Case
+from echoatt_exporter.parity.instrumented import context_name
 from echoatt_exporter.parity.reference import Floats, ReferenceText
-from echoatt_exporter.parity.twins import context_name
+from echoatt_runtime.cache.kv_cache import KVCache, bucket_capacity
+from echoatt_runtime.executor.session import Session
 from echoatt_runtime.generate import Chunk, run_chunk
-from echoatt_runtime.kv_cache import KVCache, bucket_capacity
-from echoatt_runtime.session import Session
 
 Texts = Sequence[ReferenceText] | Mapping[int, ReferenceText]
 
@@ -28,10 +28,10 @@ class BundleRow:
     """What the bundle computed at one position that the reference kept.
 
     Attributes:
-        text: the text's index.
-        kept: the index among the text's kept positions.
-        logits: float32 [V].
-        contexts: by layer float32 [H·D]; empty unless asked for.
+        text: The text's index.
+        kept: The index among the text's kept positions.
+        logits: Float32 [V].
+        contexts: By layer float32 [H·D]; empty unless asked for.
     """
 
     text: int
@@ -46,10 +46,10 @@ def feed(
     """Run a case.
 
     Args:
-        session: the bundle, opened with ``contexts`` if they are asked for.
-        case: what to run.
-        texts: by index, what PyTorch computed.
-        contexts: give every layer's attention output too.
+        session: The bundle, opened with `contexts` if they are asked for.
+        case: What to run.
+        texts: By index, what PyTorch computed.
+        contexts: Give every layer's attention output too.
 
     Yields:
         Every position that the reference kept and the case reaches.

@@ -17,17 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from echoatt_exporter.graph.lowering.quantize_weights import BITS
 from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
 from echoatt_exporter.parity.cases import Case, TextRequest, write_script
-from echoatt_exporter.passes.quantize_weights import BITS
 from echoatt_exporter.share.modeling_echoatt import (
     FAMILIES,
     EchoAttForCausalLM,
     FollowerAttention,
 )
+from echoatt_runtime.contract.manifest import Manifest
 from echoatt_runtime.errors import NumericalError
-from echoatt_runtime.manifest import Manifest
-from echoatt_runtime.step_buffers import Integers
+from echoatt_runtime.executor.step_buffers import Integers
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,10 +40,10 @@ class ReferenceText:
     """What PyTorch computed for one text, alone in its batch.
 
     Attributes:
-        tokens: int64 [S], with the tokens that PyTorch appended.
-        positions: int64 [p], the positions that were kept.
-        logits: float32 [p, V].
-        contexts: float32 [L, p, H·D], what each layer's attention gives its output projection.
+        tokens: Int64 [S], with the tokens that PyTorch appended.
+        positions: Int64 [p], the positions that were kept.
+        logits: Float32 [p, V].
+        contexts: Float32 [L, p, H·D], what each layer's attention gives its output projection.
     """
 
     tokens: Integers
@@ -57,11 +57,11 @@ class ReferenceRun:
     """PyTorch's side of a comparison; the student is not needed any more.
 
     Attributes:
-        manifest: of the bundle that it is for.
-        cases: what the bundle shall run.
-        texts: what PyTorch computed.
-        rounded_case: the case that a bundle with quantised weights repeats; None for others.
-        rounded_texts: by text, what PyTorch computed from weights rounded as the bundle's are.
+        manifest: Of the bundle that it is for.
+        cases: What the bundle shall run.
+        texts: What PyTorch computed.
+        rounded_case: The case that a bundle with quantised weights repeats; None for others.
+        rounded_texts: By text, what PyTorch computed from weights rounded as the bundle's are.
     """
 
     manifest: Manifest
@@ -84,16 +84,16 @@ def record_reference(
     attention outputs at the same positions.
 
     Args:
-        student: on the CPU and in evaluation mode, with weights in the bundle's dtype (float32 for
+        student: On the CPU and in evaluation mode, with weights in the bundle's dtype (float32 for
             int8 and int4). It is left as it was.
-        manifest: of the bundle to compare with.
-        tokenizer_dir: a directory with a ``tokenizer.json`` for real prompts; without, all texts
+        manifest: Of the bundle to compare with.
+        tokenizer_dir: A directory with a `tokenizer.json` for real prompts; without, all texts
             are random tokens.
-        max_context: the most tokens of the long text; None goes up to the context length.
+        max_context: The most tokens of the long text; None goes up to the context length.
 
     Raises:
         NumericalError: PyTorch itself computes NaN or infinities.
-        BundleError: the tokenizer's files are damaged.
+        BundleError: The tokenizer's files are damaged.
     """
     script = write_script(manifest, tokenizer_dir, max_context)
     with float32_arithmetic(student):
@@ -181,7 +181,7 @@ def _run_together(
 def _recorded_contexts(
     student: EchoAttForCausalLM, kept: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect what each layer gives its output projection at positions ``kept``: [B, p, H·D]."""
+    """Collect what each layer gives its output projection at positions `kept`: [B, p, H·D]."""
     recorded: list[torch.Tensor] = []
 
     def record(_module: nn.Module, arguments: tuple[torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from echoatt_exporter.errors import ParityError
-from echoatt_runtime.manifest import Verification
+from echoatt_runtime.contract.manifest import Verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class Tolerance:
     suits both.
 
     Attributes:
-        name: the arithmetic that the numbers are for.
-        max_error: largest difference of any logit.
-        rms_error: root mean square of all differences of a case.
-        basis: where the numbers come from, in words.
+        name: The arithmetic that the numbers are for.
+        max_error: Largest difference of any logit.
+        rms_error: Root mean square of all differences of a case.
+        basis: Where the numbers come from, in words.
     """
 
     name: str
@@ -66,8 +66,8 @@ def rounding_tolerance(dtype: str, rms_error: float) -> Tolerance:
     """The tolerance of a bundle with quantised weights.
 
     Args:
-        dtype: ``int8`` or ``int4``.
-        rms_error: what rounding the weights alone does to PyTorch's logits, in units of the spread.
+        dtype: `int8` or `int4`.
+        rms_error: What rounding the weights alone does to PyTorch's logits, in units of the spread.
     """
     factor = _ROUNDING_FACTORS[dtype]
     allowed = factor * rms_error
@@ -80,20 +80,20 @@ class CaseReport:
     """One way of feeding the bundle, compared with PyTorch.
 
     Attributes:
-        name: of the case.
-        rows: positions whose logits were compared.
-        max_abs_error: largest logit difference; infinite if a logit is not a number.
-        max_error: the same in units of the logits' spread.
-        rms_error: root mean square of the differences in units of the spread.
-        mean_kl: mean Kullback-Leibler divergence of the bundle's next-token distribution from
+        name: Of the case.
+        rows: Positions whose logits were compared.
+        max_abs_error: Largest logit difference; infinite if a logit is not a number.
+        max_error: The same in units of the logits' spread.
+        rms_error: Root mean square of the differences in units of the spread.
+        mean_kl: Mean Kullback-Leibler divergence of the bundle's next-token distribution from
             PyTorch's, in nats.
-        max_kl: the largest.
-        top1_agreement: fraction of positions with the same most likely token.
-        first_diverging_token: the first position of a text at which the most likely next token
+        max_kl: The largest.
+        top1_agreement: Fraction of positions with the same most likely token.
+        first_diverging_token: The first position of a text at which the most likely next token
             differs; None if there is none. In a decoding case the tokens up to there are the
             bundle's own greedy choice, so this is where free-running greedy text would part.
-        nan_count: the bundle's logits that are NaN or infinite.
-        tolerance: what was allowed.
+        nan_count: The bundle's logits that are NaN or infinite.
+        tolerance: What was allowed.
     """
 
     name: str
@@ -145,12 +145,12 @@ class ParityReport:
     """A whole comparison.
 
     Attributes:
-        provider: what ran the bundle: an execution provider, and what was changed for it.
-        dtype: the bundle's.
-        cases: by case, in the order in which they ran.
-        first_diverging_layer: when a case failed, the first layer whose attention output differs;
+        provider: What ran the bundle: an execution provider, and what was changed for it.
+        dtype: The bundle's.
+        cases: By case, in the order in which they ran.
+        first_diverging_layer: When a case failed, the first layer whose attention output differs;
             None when all passed, or when every layer's agrees.
-        divergence: the same in words; empty when all passed.
+        divergence: The same in words; empty when all passed.
     """
 
     provider: str
@@ -178,7 +178,7 @@ class ParityReport:
         """Raise unless every case passed.
 
         Raises:
-            ParityError: names the worst case, its number and tolerance, and the first layer that
+            ParityError: Names the worst case, its number and tolerance, and the first layer that
                 diverges.
         """
         if self.passed:

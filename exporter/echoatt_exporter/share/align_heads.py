@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import PlanError
-from echoatt_exporter.plan import head_order_fault
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
+from echoatt_runtime.contract.plan import head_order_fault
+from echoatt_runtime.errors import PlanError
 
 
 def reorder_heads(teacher: PreTrainedModel, layer: int, order: Sequence[int]) -> None:
@@ -30,14 +30,14 @@ def reorder_heads(teacher: PreTrainedModel, layer: int, order: Sequence[int]) ->
     projection adds up.
 
     Args:
-        teacher: a model for causal LM of a supported family, not a student.
-        layer: which decoder layer.
-        order: the head that is put at each position, one a query head. The query heads of a
+        teacher: A model for causal LM of a supported family, not a student.
+        layer: Which decoder layer.
+        order: The head that is put at each position, one a query head. The query heads of a
             key/value group stay together; the groups move with them.
 
     Raises:
-        UnsupportedModelError: another family.
-        PlanError: no such layer, an order that is no permutation, or one that splits a group.
+        UnsupportedModelError: Another family.
+        PlanError: No such layer, an order that is no permutation, or one that splits a group.
     """
     architecture = architecture_of(teacher.config)
     if not 0 <= layer < architecture.num_layers:
@@ -71,7 +71,7 @@ def reorder_heads(teacher: PreTrainedModel, layer: int, order: Sequence[int]) ->
 
 
 def _elements(order: Sequence[int], size: int) -> torch.Tensor:
-    """Indices [heads · size] of the elements of heads of ``size``, in the order of ``order``."""
+    """Indice [heads · size] of the elements of heads of `size`, in the order of `order`."""
     return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
 
 

@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.plan import SharingPlan
 from echoatt_exporter.share.align_heads import reorder_heads
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import (
@@ -14,6 +13,7 @@ from echoatt_exporter.share.modeling_echoatt import (
     EchoAttForCausalLM,
     drop_queries_and_keys,
 )
+from echoatt_runtime.contract.plan import SharingPlan
 
 
 def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCausalLM:
@@ -23,18 +23,18 @@ def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCa
     projections with their biases and norms; everything else is the teacher's. Where the plan orders
     a follower's heads, the order is folded into these two projections. No weight is copied (but for
     those, and for values cut out of a fused projection): the teacher's modules move into the
-    student, and the teacher must not be used afterwards. ``copy.deepcopy`` it first to keep it.
+    student, and the teacher must not be used afterwards. `copy.deepcopy` it first to keep it.
 
     Args:
-        teacher: a Hugging Face model for causal LM of a supported family.
-        plan: one source per layer, and the followers' head orders.
+        teacher: A Hugging Face model for causal LM of a supported family.
+        plan: One source per layer, and the followers' head orders.
 
     Returns:
         The student, in the teacher's dtype, device and training mode.
 
     Raises:
-        UnsupportedModelError: the teacher's family is not supported.
-        PlanError: the plan does not fit; names every fault at once.
+        UnsupportedModelError: The teacher's family is not supported.
+        PlanError: The plan does not fit; names every fault at once.
     """
     text_config = teacher.config
     architecture_of(text_config).validate_plan(plan)

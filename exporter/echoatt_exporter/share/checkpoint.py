@@ -28,13 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import (
-    CheckpointError,
-    ExportError,
-    OutputExistsError,
-    PlanError,
-)
-from echoatt_exporter.plan import SharingPlan
+from echoatt_exporter.errors import CheckpointError, ExportError, OutputExistsError
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
@@ -55,13 +49,15 @@ from echoatt_exporter.share.weight_files import (
     stored_tensors,
     weight_files,
 )
+from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.errors import PlanError
 
 __all__ = [
     "check_new_directory",
     "checkpoint_digest",
     "is_student",
     "load_model",
-    "load_student",
+    "load_shared",
     "load_teacher",
     "save_student",
 ]
@@ -75,12 +71,12 @@ def is_student(path: str | Path) -> bool:
     """Whether a model directory is a student's.
 
     Raises:
-        CheckpointError: it is not a model directory.
+        CheckpointError: It is not a model directory.
     """
     return _is_students(read_json_object(_directory(path) / CONFIG))
 
 
-def load_student(
+def load_shared(
     path: str | Path,
     plan: SharingPlan | str | None,
     *,
@@ -90,20 +86,20 @@ def load_student(
     """Load a student, or a teacher and apply a sharing plan to it.
 
     Args:
-        path: a student's directory, or a Hugging Face directory of a supported family.
-        plan: for a teacher the plan to apply, or its ``follower:source`` pairs; None for an
+        path: A student's directory, or a Hugging Face directory of a supported family.
+        plan: For a teacher the plan to apply, or its `follower:source` pairs; None for an
             unshared student. A student has its own plan: then None, or the same one.
-        dtype: element type of the weights; None keeps the one that most of them are stored in.
-        trust_remote_code: allow Python code in the directory to run.
+        dtype: Element type of the weights; None keeps the one that most of them are stored in.
+        trust_remote_code: Allow Python code in the directory to run.
 
     Returns:
         The student on the CPU, in evaluation mode. Weights that keep their dtype stay
         memory-mapped.
 
     Raises:
-        CheckpointError: the directory is incomplete, inconsistent or damaged.
-        UnsupportedModelError: the model cannot be shared.
-        PlanError: the plan does not fit the model, or is not the student's own.
+        CheckpointError: The directory is incomplete, inconsistent or damaged.
+        UnsupportedModelError: The model cannot be shared.
+        PlanError: The plan does not fit the model, or is not the student's own.
     """
     directory = _directory(path)
     raw = read_json_object(directory / CONFIG)
@@ -134,16 +130,16 @@ def load_teacher(
     """Load a decoder of a supported family as transformers has it.
 
     Args:
-        path: a Hugging Face directory.
-        dtype: as in :func:`load_student`.
-        trust_remote_code: as in :func:`load_student`.
+        path: A Hugging Face directory.
+        dtype: As in `load_shared`.
+        trust_remote_code: As in `load_shared`.
 
     Returns:
         The model for causal LM, on the CPU and in evaluation mode.
 
     Raises:
-        CheckpointError: the directory is incomplete, inconsistent or damaged, or is a student's.
-        UnsupportedModelError: the model cannot be shared.
+        CheckpointError: The directory is incomplete, inconsistent or damaged, or is a student's.
+        UnsupportedModelError: The model cannot be shared.
     """
     directory = _directory(path)
     raw = read_json_object(directory / CONFIG)
@@ -163,16 +159,16 @@ def load_model(
     """Load a student or a teacher, whichever lies in the directory.
 
     Args:
-        path: a model directory.
-        dtype: as in :func:`load_student`.
-        trust_remote_code: as in :func:`load_student`.
+        path: A model directory.
+        dtype: As in `load_shared`.
+        trust_remote_code: As in `load_shared`.
 
     Raises:
-        CheckpointError: as in :func:`load_student`.
-        UnsupportedModelError: as in :func:`load_student`.
+        CheckpointError: As in `load_shared`.
+        UnsupportedModelError: As in `load_shared`.
     """
     if is_student(path):
-        return load_student(path, None, dtype=dtype)
+        return load_shared(path, None, dtype=dtype)
     return load_teacher(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -183,22 +179,22 @@ def save_student(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a student as a Hugging Face directory with everything that ``generate`` needs.
+    """Write a student as a Hugging Face directory with everything that `generate` needs.
 
     The code of the student's class lies in it too, so that it loads in plain transformers with
-    ``trust_remote_code=True``. The directory appears whole or not at all: it is written beside its
+    `trust_remote_code=True`. The directory appears whole or not at all: it is written beside its
     place and then renamed.
 
     Args:
-        student: the student.
-        directory: where to; must not exist, or be empty.
-        source_dir: the teacher's directory, for tokenizer and chat template.
-        trust_remote_code: allow the tokenizer's own Python code in ``source_dir`` to run.
+        student: The student.
+        directory: Where to; must not exist, or be empty.
+        source_dir: The teacher's directory, for tokenizer and chat template.
+        trust_remote_code: Allow the tokenizer's own Python code in `source_dir` to run.
 
     Raises:
-        OutputExistsError: ``directory`` is there already.
-        CheckpointError: the tokenizer in ``source_dir`` cannot be loaded.
-        ExportError: writing failed, for want of space for one.
+        OutputExistsError: `directory` is there already.
+        CheckpointError: The tokenizer in `source_dir` cannot be loaded.
+        ExportError: Writing failed, for want of space for one.
     """
     target, source = Path(directory), Path(source_dir)
     check_new_directory(target)
@@ -216,10 +212,10 @@ def save_student(
 
 
 def check_new_directory(directory: str | Path) -> None:
-    """Refuse a directory that something is in, as :func:`save_student` does.
+    """Refuse a directory that something is in, as `save_student` does.
 
     Raises:
-        OutputExistsError: ``directory`` is a file, or a directory that is not empty.
+        OutputExistsError: `directory` is a file, or a directory that is not empty.
     """
     target = Path(directory)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -239,10 +235,10 @@ def _save_model(student: EchoAttForCausalLM, directory: Path) -> None:
 
 
 def save_tokenizer(source: Path, directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Save the tokenizer and chat template in ``source``, if there are any, to ``directory``.
+    """Save the tokenizer and chat template in `source`, if there are any, to `directory`.
 
     Raises:
-        CheckpointError: there is a tokenizer, and it cannot be loaded.
+        CheckpointError: There is a tokenizer, and it cannot be loaded.
     """
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return

@@ -1,6 +1,6 @@
 """The configuration of a student: the teacher's, and the sharing plan.
 
-This file and ``modeling_echoatt.py`` import torch and transformers only, so that they can be saved
+This file and `modeling_echoatt.py` import torch and transformers only, so that they can be saved
 beside a checkpoint and loaded without EchoAtt.
 """
 
@@ -14,12 +14,12 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 class EchoAttConfig(PreTrainedConfig):
-    """Configuration of ``EchoAttForCausalLM``.
+    """Configuration of `EchoAttForCausalLM`.
 
     Attributes:
-        text_config: the teacher's configuration, whole. The name is the one under which
+        text_config: The teacher's configuration, whole. The name is the one under which
             transformers looks for a composite model's decoder.
-        sources: the sharing plan: for each layer the index of the layer whose attention
+        sources: The sharing plan: for each layer the index of the layer whose attention
             probabilities it uses; a source layer names itself. Left out, every layer is a source.
     """
 

@@ -22,14 +22,14 @@ class _NoLayers(nn.Module):
 
 
 def head_of(decoder: PreTrainedModel) -> Head:
-    """What ``decoder`` does after its final norm: LM head, soft cap, scaling, whatever it is.
+    """What `decoder` does after its final norm: LM head, soft cap, scaling, whatever it is.
 
-    The family's own ``forward`` runs, on a shallow copy of the model whose layers hand their input
+    The family's own `forward` runs, on a shallow copy of the model whose layers hand their input
     on: no family's extras are written again here, none can be forgotten, and the parameters are the
     model's own.
 
     Args:
-        decoder: a teacher, or a student's ``decoder``.
+        decoder: A teacher, or a student's `decoder`.
 
     Returns:
         A function from hidden states [B, S, E] after the final norm to logits [B, S, V].

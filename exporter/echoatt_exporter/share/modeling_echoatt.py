@@ -1,12 +1,12 @@
 """A decoder whose follower layers reuse an earlier layer's attention probabilities.
 
-The student keeps the teacher's own module tree (any family in ``FAMILIES``), with the attention of
+The student keeps the teacher's own module tree (any family in `FAMILIES`), with the attention of
 each follower layer replaced by one that projects values only. Probabilities travel from a source
 layer to its followers in one object made for each forward call and handed down as a keyword
 argument, so that nothing is kept on a module: replicas, threads, recomputed layers and several
 models in one process cannot mix anything up.
 
-The method is EchoAtt's (arXiv 2409.14595). This file and ``configuration_echoatt.py`` import torch
+The method is EchoAtt's (arXiv 2409.14595). This file and `configuration_echoatt.py` import torch
 and transformers only, so that they can be saved beside a checkpoint and loaded without EchoAtt.
 
 Shapes in names: B batch, S new tokens, T tokens attended to, H query heads, N key/value heads,
@@ -44,11 +44,11 @@ class Family:
     """Where a Hugging Face family keeps what sharing touches.
 
     Attributes:
-        layers: path of the list of decoder layers, below the model for causal LM.
-        attention: name of the attention module in a layer.
-        output: name of the output projection in the attention.
-        values: how the value projection is stored: ``separate`` as ``v_proj``; ``blocked`` as the
-            last rows of ``qkv_proj``; ``interleaved`` as every third block of ``query_key_value``,
+        layers: Path of the list of decoder layers, below the model for causal LM.
+        attention: Name of the attention module in a layer.
+        output: Name of the output projection in the attention.
+        values: How the value projection is stored: `separate` as `v_proj`; `blocked` as the
+            last rows of `qkv_proj`; `interleaved` as every third block of `query_key_value`,
             head by head.
     """
 
@@ -90,10 +90,10 @@ class SharedAttention(Protocol):
         softcap: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """Attention output [B, S, H, D] of the source layer ``module.layer_idx``."""
+        """Attention output [B, S, H, D] of the source layer `module.layer_idx`."""
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
-        """Attention output [B, S, H, D] of the follower layer ``module.layer_idx``."""
+        """Attention output [B, S, H, D] of the follower layer `module.layer_idx`."""
 
 
 @dataclass
@@ -101,8 +101,8 @@ class MaterializedAttention:
     """Shared attention that keeps each needed source's probabilities, as the paper does.
 
     Attributes:
-        sources: the sharing plan.
-        probabilities: by source layer, [B, N, G·S, T], before dropout; only of sources that some
+        sources: The sharing plan.
+        probabilities: By source layer, [B, N, G·S, T], before dropout; only of sources that some
             follower names.
     """
 
@@ -124,7 +124,7 @@ class MaterializedAttention:
         softcap: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """See :meth:`SharedAttention.attend`; softmax is computed in float32."""
+        """See `SharedAttention.attend`; softmax is computed in float32."""
         B, H, S, D = query_BHSD.shape
         N, T = key_BNTD.shape[1], key_BNTD.shape[2]
         # Query heads of one group lie side by side, so that grouping them is a view and the keys
@@ -148,7 +148,7 @@ class MaterializedAttention:
         self.probabilities[layer] = probabilities
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
-        """See :meth:`SharedAttention.follow`."""
+        """See `SharedAttention.follow`."""
         probabilities = self.probabilities[self.sources[module.layer_idx]]
         queries = probabilities.shape[1] * probabilities.shape[2]
         dropout = module.attention_dropout if module.training else 0.0
@@ -230,9 +230,9 @@ class FollowerAttention(nn.Module):
 
         Args:
             hidden_states: [B, S, E].
-            shared_attention: this forward call's probabilities.
-            past_key_values: the cache; its layer for this module holds values only.
-            layer_past: the same under the name that GPT-NeoX uses.
+            shared_attention: This forward call's probabilities.
+            past_key_values: The cache; its layer for this module holds values only.
+            layer_past: The same under the name that GPT-NeoX uses.
 
         Returns:
             The output [B, S, E], and None in the place of attention weights.
@@ -248,11 +248,11 @@ class FollowerAttention(nn.Module):
 
     @classmethod
     def replacing(cls, attention: Any, config: PreTrainedConfig) -> FollowerAttention:
-        """The follower that keeps the values and the output projection of ``attention``.
+        """The follower that keeps the values and the output projection of `attention`.
 
         Args:
-            attention: a family's own attention module.
-            config: the teacher's configuration.
+            attention: A family's own attention module.
+            config: The teacher's configuration.
         """
         head_dim = getattr(attention, "head_dim", None) or attention.head_size
         output: nn.Linear = getattr(attention, FAMILIES[config.model_type].output)
@@ -270,8 +270,8 @@ def value_projection(attention: Any, config: PreTrainedConfig) -> nn.Linear:
     """The value projection [N·D, E] of a family's attention, cut out where it is fused.
 
     Args:
-        attention: a family's own attention module.
-        config: the teacher's configuration.
+        attention: A family's own attention module.
+        config: The teacher's configuration.
     """
     layout = FAMILIES[config.model_type].values
     if layout == "separate":
@@ -297,7 +297,7 @@ def value_projection(attention: Any, config: PreTrainedConfig) -> nn.Linear:
 
 
 def drop_queries_and_keys(decoder: PreTrainedModel, sources: Sequence[int]) -> None:
-    """Turn the follower layers of ``decoder`` into value-only ones, in place."""
+    """Turn the follower layers of `decoder` into value-only ones, in place."""
     family = FAMILIES[decoder.config.model_type]
     layers = cast(nn.ModuleList, decoder.get_submodule(family.layers))
     for index, layer in enumerate(layers):
@@ -320,10 +320,10 @@ class _ValueOnlySlidingLayer(DynamicSlidingWindowLayer):
 
 
 def keep_no_follower_keys(cache: Cache, sources: Sequence[int]) -> None:
-    """Make ``cache`` hold values only in follower layers, in place.
+    """Make `cache` hold values only in follower layers, in place.
 
     Raises:
-        ValueError: a cache of another kind than dynamic, or one that another model filled.
+        ValueError: A cache of another kind than dynamic, or one that another model filled.
     """
     layers = cache.layers
     while len(layers) < len(sources):  # a cache made without a configuration grows as it goes
@@ -351,7 +351,7 @@ class EchoAttForCausalLM(PreTrainedModel, GenerationMixin):
     """A student: the teacher's decoder with a sharing plan applied.
 
     Attributes:
-        decoder: the teacher's own model for causal LM, followers without query and key projections.
+        decoder: The teacher's own model for causal LM, followers without query and key projections.
     """
 
     config_class = EchoAttConfig
@@ -397,7 +397,7 @@ class EchoAttForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, S, V] and the rest of what the teacher's class returns; same arguments.
 
         Raises:
-            ValueError: a cache that is not dynamic.
+            ValueError: A cache that is not dynamic.
         """
         # Caching in training mode under checkpointing is switched off by the layers themselves
         if use_cache is None:
@@ -425,7 +425,7 @@ class EchoAttForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers, but never reentrant.
 
         Raises:
-            ValueError: ``use_reentrant=True``, which cuts the gradient from a follower to its
+            ValueError: `use_reentrant=True`, which cuts the gradient from a follower to its
                 source's probabilities without a word.
         """
         chosen = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})

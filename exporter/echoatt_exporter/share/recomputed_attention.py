@@ -39,15 +39,15 @@ class _Loan:
 
 
 class RecomputedAttention:
-    """Shared attention by ``scaled_dot_product_attention``: no probabilities are ever stored.
+    """Shared attention by `scaled_dot_product_attention`: no probabilities are ever stored.
 
     A follower runs the fused kernel on its source's queries and keys with its own values: the same
-    probabilities, computed once more. It takes the place of ``MaterializedAttention`` as
-    ``shared_attention`` of a student's forward call, with the same masks or, under
-    ``RECOMPUTED_NAME``, with none where attention is plainly causal.
+    probabilities, computed once more. It takes the place of `MaterializedAttention` as
+    `shared_attention` of a student's forward call, with the same masks or, under
+    `RECOMPUTED_NAME`, with none where attention is plainly causal.
 
     Args:
-        sources: the sharing plan.
+        sources: The sharing plan.
     """
 
     def __init__(self, sources: Sequence[int]) -> None:
@@ -67,10 +67,10 @@ class RecomputedAttention:
         softcap: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """See ``SharedAttention.attend``.
+        """See `SharedAttention.attend`.
 
         Raises:
-            ValueError: capped scores, which the kernel cannot do, or dropout, whose mask followers
+            ValueError: Capped scores, which the kernel cannot do, or dropout, whose mask followers
                 could not draw again.
         """
         if softcap is not None or dropout:
@@ -82,7 +82,7 @@ class RecomputedAttention:
         return _fused(loan, value_BNTD)
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
-        """See ``SharedAttention.follow``."""
+        """See `SharedAttention.follow`."""
         return _fused(self._loans[self.sources[module.layer_idx]], value_BNTD)
 
 
@@ -106,7 +106,7 @@ def why_not_recomputed(config: PreTrainedConfig) -> str | None:
     """Why a decoder cannot be trained with recomputed attention; None when it can.
 
     Args:
-        config: the teacher's configuration.
+        config: The teacher's configuration.
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention scores are soft-capped, which fused attention cannot do"

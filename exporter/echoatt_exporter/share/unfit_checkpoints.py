@@ -30,7 +30,7 @@ def refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
 def refuse_foreign(
     directory: Path, raw: dict[str, Any], family: str, trust_remote_code: bool
 ) -> None:
-    """Refuse a type that is not in ``FAMILIES``, unless trusted code might turn it into one."""
+    """Refuse a type that is not in `FAMILIES`, unless trusted code might turn it into one."""
     if family == "gemma3":
         raise UnsupportedModelError(
             f"{directory}: a multimodal Gemma 3; only text checkpoints (model type gemma3_text)"

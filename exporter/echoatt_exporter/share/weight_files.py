@@ -35,8 +35,8 @@ class StoredTensor:
     """A tensor as its file's header describes it.
 
     Attributes:
-        dtype: safetensors' name, ``F16`` for one.
-        shape: its dimensions.
+        dtype: Safetensors' name, `F16` for one.
+        shape: Its dimensions.
     """
 
     dtype: str
@@ -49,10 +49,10 @@ class StoredTensor:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``.
+    """The JSON object in the file `path`.
 
     Raises:
-        CheckpointError: it cannot be read, is not JSON, or is no object.
+        CheckpointError: It cannot be read, is not JSON, or is no object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -64,17 +64,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def few(names: Iterable[str]) -> str:
-    """The count and the first three of ``names``, sorted."""
+    """The count and the first three of `names`, sorted."""
     found = sorted(names)
     more = ", …" if len(found) > 3 else ""
     return f"{len(found)} ({', '.join(found[:3])}{more})"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers would load from ``directory``, in name order.
+    """The safetensors files that transformers would load from `directory`, in name order.
 
     Raises:
-        CheckpointError: there are none, only pickled ones, or the index and the files disagree.
+        CheckpointError: There are none, only pickled ones, or the index and the files disagree.
     """
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
@@ -110,10 +110,10 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor in ``files`` by name, from the headers alone.
+    """Every tensor in `files` by name, from the headers alone.
 
     Raises:
-        CheckpointError: a truncated or corrupt file, or a tensor that two files hold.
+        CheckpointError: A truncated or corrupt file, or a tensor that two files hold.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -138,8 +138,8 @@ def stored_dtype(tensors: dict[str, StoredTensor], directory: Path) -> torch.dty
     """The dtype that most weights of a checkpoint are stored in.
 
     Raises:
-        CheckpointError: there are no tensors.
-        UnsupportedModelError: most weights are integers or 8-bit floats.
+        CheckpointError: There are no tensors.
+        UnsupportedModelError: Most weights are integers or 8-bit floats.
     """
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -161,13 +161,13 @@ def checkpoint_digest(path: str | Path) -> str:
     Names and sizes are hashed too, so that bytes cannot move from one file to another unseen.
 
     Args:
-        path: a model directory.
+        path: A model directory.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        CheckpointError: no config.json, or no weights.
+        CheckpointError: No config.json, or no weights.
     """
     directory = Path(path)
     digest = hashlib.sha256()

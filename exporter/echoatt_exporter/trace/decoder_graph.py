@@ -13,7 +13,7 @@ from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.layer_kinds import LayerKinds, layers_of
 from echoatt_exporter.trace.markers import MarkedAttention, marked_layers
 from echoatt_exporter.trace.scatter_cache import ScatterCache
-from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.contract.manifest import Manifest
 
 _LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 
@@ -21,13 +21,13 @@ _LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 class DecoderGraph(nn.Module):
     """Computes logits and updated caches from tokens, lengths and caches, with nothing else inside.
 
-    Positions, rotary angles and masks all come from ``past_lengths``, so rows of different lengths
+    Positions, rotary angles and masks all come from `past_lengths`, so rows of different lengths
     need no padding on the left. Each attention kind's mask is computed once and used by all its
     layers.
     """
 
     def __init__(self, student: EchoAttForCausalLM, manifest: Manifest, kinds: LayerKinds) -> None:
-        """Wrap a student whose decoder runs the templates of ``kinds`` only."""
+        """Wrap a student whose decoder runs the templates of `kinds` only."""
         super().__init__()
         self.decoder = student.decoder
         self._manifest = manifest
@@ -43,10 +43,10 @@ class DecoderGraph(nn.Module):
         """Run the decoder.
 
         Args:
-            input_ids: int64 [B, S].
-            past_lengths: int64 [B], valid tokens of each row.
-            logits_indices: int64 [B, n], the positions in this call whose logits are wanted.
-            past: the templates' caches in the contract's order: by layer key [B, N, T, D] then
+            input_ids: Int64 [B, S].
+            past_lengths: Int64 [B], valid tokens of each row.
+            logits_indices: Int64 [B, n], the positions in this call whose logits are wanted.
+            past: The templates' caches in the contract's order: by layer key [B, N, T, D] then
                 value [B, N, D, T], a follower's value only.
 
         Returns:
@@ -101,7 +101,7 @@ class DecoderGraph(nn.Module):
 
 @contextmanager
 def _only_wanted_rows(lm_head: nn.Module, logits_indices: torch.Tensor) -> Iterator[None]:
-    """Let ``lm_head`` see only the rows whose logits are wanted.
+    """Let `lm_head` see only the rows whose logits are wanted.
 
     Done in front of the head and not behind the decoder, because some families scale or cap the
     logits afterwards.

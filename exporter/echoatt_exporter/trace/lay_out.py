@@ -10,10 +10,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
-from echoatt_exporter._copy_nodes import copy_nodes
+from echoatt_exporter.graph.copy_nodes import copy_nodes
 from echoatt_exporter.trace.layer_kinds import LayerKinds
 from echoatt_exporter.trace.markers import DOMAIN, LAYER_INPUT, LAYER_OUTPUT, PROBABILITIES
-from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.contract.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class _Template:
     """One traced layer.
 
     Attributes:
-        body: its nodes, in graph order.
-        hidden_in: the hidden states that it reads.
-        hidden_out: the hidden states that it gives.
-        caches: its cache inputs and the values that become its cache outputs, by ``key``/``value``.
-        weights: its initializers, by their names inside the layer.
-        lent: the probabilities that it lends, if it does.
-        borrowed: the probabilities that it reads from another layer, if it does.
+        body: Its nodes, in graph order.
+        hidden_in: The hidden states that it reads.
+        hidden_out: The hidden states that it gives.
+        caches: Its cache inputs and the values that become its cache outputs, by `key`/`value`.
+        weights: Its initializers, by their names inside the layer.
+        lent: The probabilities that it lends, if it does.
+        borrowed: The probabilities that it reads from another layer, if it does.
     """
 
     body: Sequence[ir.Node]
@@ -45,11 +45,11 @@ def lay_out_layers(
     """Replace the traced templates by a copy of each layer's own, in place.
 
     Args:
-        model: the trace of the templates, with markers, inputs and outputs named by layer.
-        manifest: the bundle's; it says what inputs and outputs there shall be.
-        kinds: which template each layer is a copy of.
-        layers: all the decoder's layers, for their weights.
-        prefix: what the templates' initializers begin with, up to their position in the trace.
+        model: The trace of the templates, with markers, inputs and outputs named by layer.
+        manifest: The bundle's; it says what inputs and outputs there shall be.
+        kinds: Which template each layer is a copy of.
+        layers: All the decoder's layers, for their weights.
+        prefix: What the templates' initializers begin with, up to their position in the trace.
     """
     graph = model.graph
     markers = {

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
-from echoatt_runtime.manifest import Manifest
+from echoatt_runtime.contract.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class LayerKinds:
     """A decoder's layers, grouped by what they compute apart from their weights.
 
     Attributes:
-        template_of: for each layer the first layer of its kind, which is traced in its place.
-        sources: the sharing plan as the templates follow it: a template's source is a template too.
+        template_of: For each layer the first layer of its kind, which is traced in its place.
+        sources: The sharing plan as the templates follow it: a template's source is a template too.
     """
 
     template_of: tuple[int, ...]
@@ -85,7 +85,7 @@ def _structure(layer: nn.Module) -> Hashable:
 
 @contextmanager
 def only_layers(decoder: PreTrainedModel, indices: Sequence[int]) -> Iterator[None]:
-    """Let ``decoder`` run some of its layers only, which keep their numbers."""
+    """Let `decoder` run some of its layers only, which keep their numbers."""
     path, _, name = FAMILIES[decoder.config.model_type].layers.rpartition(".")
     parent, config = decoder.get_submodule(path), decoder.config
     layers, count = layers_of(decoder), config.num_hidden_layers

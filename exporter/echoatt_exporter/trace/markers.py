@@ -40,7 +40,7 @@ class MarkedAttention(MaterializedAttention):
 
 @contextmanager
 def marked_layers(layers: nn.ModuleList, numbers: tuple[int, ...]) -> Iterator[None]:
-    """Mark the hidden states that enter and leave each of ``layers``."""
+    """Mark the hidden states that enter and leave each of `layers`."""
     with ExitStack() as stack:
         for layer, number in zip(layers, numbers, strict=True):
 

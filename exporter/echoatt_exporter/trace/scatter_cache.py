@@ -1,4 +1,4 @@
-"""The key/value cache as a graph sees it: buffers written in place by ``TensorScatter``."""
+"""The key/value cache as a graph sees it: buffers written in place by `TensorScatter`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScatterCache:
     runtime that binds one buffer to input and output copies nothing.
 
     Attributes:
-        present: by layer, the updated (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a
+        present: By layer, the updated (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a
             follower's key is None.
     """
 
@@ -33,9 +33,9 @@ class ScatterCache:
         """Wrap the buffers.
 
         Args:
-            past: by layer, the (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a follower's
+            past: By layer, the (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a follower's
                 key is None.
-            past_lengths: int64 [B], where each row's new tokens are written.
+            past_lengths: Int64 [B], where each row's new tokens are written.
         """
         self._past = past
         self._past_lengths = past_lengths

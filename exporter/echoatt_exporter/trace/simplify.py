@@ -35,7 +35,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _fold_weight_transposes(model: ir.Model) -> None:
-    """Replace ``MatMul(x, Transpose(weight))`` by a product with a weight transposed on writing."""
+    """Replace `MatMul(x, Transpose(weight))` by a product with a weight transposed on writing."""
     graph = model.graph
     for node in list(graph):
         if node.op_type != "Transpose" or (weight := node.inputs[0]) is None:

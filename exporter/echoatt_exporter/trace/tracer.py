@@ -18,7 +18,7 @@ from echoatt_exporter.trace.lay_out import lay_out_layers
 from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
-from echoatt_runtime.manifest import (
+from echoatt_runtime.contract.manifest import (
     INPUT_IDS,
     LOGITS,
     LOGITS_INDICES,
@@ -57,8 +57,8 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     graph is written.
 
     Args:
-        student: in evaluation mode, on the CPU, in the dtype that the graph shall have.
-        manifest: the bundle's; it names inputs and outputs and says what the layers are.
+        student: In evaluation mode, on the CPU, in the dtype that the graph shall have.
+        manifest: The bundle's; it names inputs and outputs and says what the layers are.
 
     Returns:
         The graph by the contract, before any pass of ours.

@@ -1,0 +1,1 @@
+"""Writing a bundle: stage, check, publish."""

@@ -1,0 +1,1 @@
+"""Checks of a finished graph and of its file."""

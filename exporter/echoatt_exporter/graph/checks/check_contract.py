@@ -1,0 +1,206 @@
+"""The last pass: does the graph keep the contract that the runtime relies on?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from echoatt_exporter.errors import ContractError
+from echoatt_exporter.graph.attention import find_attention
+from echoatt_runtime.contract.manifest import (
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    METADATA_KEY,
+    PAST_LENGTHS,
+    Manifest,
+    capacity_axis,
+)
+from echoatt_runtime.errors import EchoAttError
+
+OPSETS = {"": 24, "com.microsoft": 1}
+
+_CACHE_DIMS = ("batch", "capacity")
+# Fused projections keep their names when CutPackedWeights has cut them to the values, with a mark
+_FOLLOWER_WEIGHT = re.compile(
+    r"layers\.(\d+)\..*?\b(?:q_proj|k_proj|q_norm|k_norm|(?:qkv_proj|query_key_value)(?!.*\.cut))\b"
+)
+
+
+class CheckContract(ir.passes.InPlacePass):
+    """Checks a finished graph against its manifest and changes nothing.
+
+    It checks
+
+    1. inputs and outputs: names, order, element types, shapes with the contract's dimension names;
+    2. caches: each is read by one TensorScatter only, which writes its present output at
+       `past_lengths`;
+    3. followers: they have no key cache, and read the very value that their source computes;
+    4. initializers: none that nothing reads, none named as a follower's query/key projection or
+       norm;
+    5. operator sets: ai.onnx 24 and com.microsoft 1, no other, and no node of another domain;
+    6. metadata: the manifest is there and describes the same model.
+
+    All faults are collected before one error is raised. What only the written file can show is
+    `check_file`'s part.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Take the bundle's manifest."""
+        self._manifest = manifest
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Check the graph.
+
+        Raises:
+            ContractError: It breaks the contract; the message lists every fault.
+        """
+        manifest = self._manifest
+        faults = [
+            *_interface_faults(model.graph, manifest),
+            *_cache_faults(model.graph, manifest),
+            *_follower_faults(model.graph, manifest),
+            *_initializer_faults(model.graph, manifest),
+            *_opset_faults(model),
+            *_metadata_faults(model, manifest),
+        ]
+        if faults:
+            raise ContractError(
+                f"the graph breaks the contract: {'; '.join(faults)}; export the model again, and "
+                "report this if it happens again"
+            )
+        return ir.passes.PassResult(model, modified=False)
+
+
+def _interface_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+    cache_type = ir.DataType[manifest.cache_element_type.replace("float32", "float").upper()]
+    batch, capacity = _CACHE_DIMS
+
+    def caches(names: Sequence[str]) -> dict[str, tuple[ir.DataType, tuple[str | int, ...]]]:
+        return {name: (cache_type, (batch, *manifest.cache_dims(name, capacity))) for name in names}
+
+    inputs = {
+        INPUT_IDS: (ir.DataType.INT64, (batch, "seq")),
+        PAST_LENGTHS: (ir.DataType.INT64, (batch,)),
+        LOGITS_INDICES: (ir.DataType.INT64, (batch, "n")),
+    } | caches(manifest.past_names)
+    outputs = {LOGITS: (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | caches(
+        manifest.present_names
+    )
+    for kind, values, expected, order in (
+        ("input", graph.inputs, inputs, manifest.input_names),
+        ("output", graph.outputs, outputs, manifest.output_names),
+    ):
+        names = [str(value.name) for value in values]
+        yield from _name_faults(kind, names, order)
+        for value in values:
+            if value.name in expected:
+                yield from _type_faults(kind, value, *expected[str(value.name)])
+
+
+def _name_faults(kind: str, names: Sequence[str], order: Sequence[str]) -> Iterator[str]:
+    missing = [name for name in order if name not in names]
+    surplus = [name for name in names if name not in order]
+    double = sorted({name for name in names if names.count(name) > 1})
+    for what, which in (("missing", missing), ("not in the contract", surplus), ("twice", double)):
+        if which:
+            yield f"{kind}s {what}: {', '.join(which)}"
+    if not (missing or surplus or double) and list(names) != list(order):
+        yield f"{kind}s are in the order {', '.join(names)}, expected {', '.join(order)}"
+
+
+def _type_faults(
+    kind: str, value: ir.Value, dtype: ir.DataType, dims: tuple[str | int, ...]
+) -> Iterator[str]:
+    if value.dtype != dtype:
+        yield f"{kind} {value.name} is {value.dtype}, expected {dtype}"
+    shape = None if value.shape is None else [str(dim) for dim in value.shape]
+    if shape != [str(dim) for dim in dims]:
+        expected = ", ".join(str(dim) for dim in dims)
+        yield f"{kind} {value.name} has shape {value.shape}, expected [{expected}]"
+
+
+def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+    inputs = {value.name: value for value in graph.inputs}
+    outputs = {value.name: value for value in graph.outputs}
+    for past_name, present_name in zip(manifest.past_names, manifest.present_names, strict=True):
+        past, present = inputs.get(past_name), outputs.get(present_name)
+        if past is None or present is None:
+            continue
+        scatter = present.producer()
+        if scatter is None or scatter.op_type != "TensorScatter" or scatter.inputs[0] is not past:
+            yield f"{present_name} is not a TensorScatter into {past_name}"
+            continue
+        indices = scatter.inputs[2] if len(scatter.inputs) > 2 else None
+        if indices is None or indices is not inputs.get(PAST_LENGTHS):
+            yield f"{present_name} is not written at past_lengths"
+        axis = capacity_axis(present_name)
+        if scatter.attributes.get_int("axis", -2) not in (axis, axis - 4):
+            yield f"{present_name} is not written along its capacity"
+        if scatter.attributes.get_string("mode", "linear") != "linear":
+            yield f"{present_name} is written in mode {scatter.attributes.get_string('mode')}"
+        # A Shape reads no elements; any other reader would keep the update from being in place
+        readers = [use.node for use in past.uses() if use.node.op_type != "Shape"]
+        if readers != [scatter]:
+            yield f"{past_name} is read by {len(readers)} nodes, expected its TensorScatter alone"
+
+
+def _follower_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+    for layer, source in enumerate(manifest.sources):
+        try:
+            attention = find_attention(graph, layer)
+            expected = find_attention(graph, source).probabilities
+        except ContractError as error:
+            yield str(error).partition(";")[0]
+            continue
+        if attention.probabilities is not expected:
+            yield f"layer {layer} does not read the probabilities of layer {source}"
+
+
+def _initializer_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+    for name, value in graph.initializers.items():
+        if not value.uses() and not value.is_graph_output():
+            yield f"nothing reads the initializer {name}"
+        for match in _FOLLOWER_WEIGHT.finditer(name):
+            layer = int(match[1])
+            if layer < manifest.num_layers and manifest.is_follower(layer):
+                yield f"{name} is a query or key weight of the follower layer {layer}"
+
+
+def _opset_faults(model: ir.Model) -> Iterator[str]:
+    for domain, version in model.graph.opset_imports.items():
+        expected = OPSETS.get(domain)
+        if expected is None:
+            yield f"operator set {domain} is imported"
+        elif version != expected:
+            yield f"operator set {domain or 'ai.onnx'} is {version}, expected {expected}"
+    if "" not in model.graph.opset_imports:
+        yield "operator set ai.onnx is not imported"
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    for domain in sorted(used - set(OPSETS)):
+        yield f"nodes of the domain {domain} are used"
+    if model.functions:
+        yield f"{len(model.functions)} functions are left, expected none"
+
+
+def _metadata_faults(model: ir.Model, manifest: Manifest) -> Iterator[str]:
+    if METADATA_KEY not in model.metadata_props:
+        yield f"the metadata has no {METADATA_KEY}"
+        return
+    try:
+        stored = Manifest.from_metadata(model.metadata_props, "the graph")
+    except EchoAttError as error:
+        yield str(error).partition(";")[0]
+        return
+    # What is known only once the file is written and verified may still change
+    names = [
+        field.name
+        for field in dataclasses.fields(Manifest)
+        if field.name not in ("weights_bytes", "verification")
+        and getattr(stored, field.name) != getattr(manifest, field.name)
+    ]
+    if names:
+        yield f"the metadata's manifest differs in {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""Passes that turn a canonical graph into what a device runs well."""

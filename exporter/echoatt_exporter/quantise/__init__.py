@@ -1,0 +1,1 @@
+"""Rounding weights to few bits."""

@@ -1,0 +1,1 @@
+"""A bundle's files: finding, reading and checking them without ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""What exporter and runtime agree on: sharing plan, caches, element types, manifest."""

@@ -1,0 +1,1 @@
+"""What runs a bundle's graph: one step over rows of a cache."""

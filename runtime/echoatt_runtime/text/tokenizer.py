@@ -1,0 +1,131 @@
+"""The checkpoint's tokenizer, from the files beside the model, as transformers would apply it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from echoatt_runtime.errors import DamagedBundleError, one_line
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+
+_SPECIAL_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class TextTokenizer:
+    """Text to tokens and back.
+
+    Attributes:
+        special_tokens: Named special tokens, such as {"bos_token": "<s>"}, for chat templates.
+        chat_template: The checkpoint's jinja chat template; None without one.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, special_tokens: dict[str, str], chat_template: str | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self.chat_template = chat_template
+        self._byte_tokens = _byte_tokens(tokenizer)
+        self._skipped_tokens = frozenset(
+            token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        )
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> TextTokenizer:
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+        Raises:
+            DamagedBundleError: Tokenizer.json is missing, or a file cannot be read.
+        """
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise DamagedBundleError(
+                f"there is no {TOKENIZER_FILE} in {directory}; copy it there from the checkpoint"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise DamagedBundleError(
+                f"{path} cannot be read ({one_line(error)}); copy it again from the checkpoint"
+            ) from error
+        # tokenizer.json alone says which tokens are added: transformers no longer heeds
+        # `add_bos_token` in tokenizer_config.json. Padding and truncation are left from training.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        config = _read_config(directory / TOKENIZER_CONFIG_FILE)
+        special_tokens = {
+            name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name)))
+        }
+        return cls(tokenizer, special_tokens, _read_chat_template(directory, config))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, without special tokens."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether the token stands for one byte of a character that the vocabulary lacks."""
+        return token_id in self._byte_tokens
+
+    def is_special_token(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out."""
+        return token_id in self._skipped_tokens
+
+
+def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    return frozenset(token for text, token in vocabulary.items() if _BYTE_TOKEN.fullmatch(text))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedBundleError(
+            f"{path} is not JSON ({error}); copy it again from the checkpoint"
+        ) from error
+    if not isinstance(config, dict):
+        raise DamagedBundleError(f"{path} is not a JSON object; copy it again from the checkpoint")
+    return config
+
+
+def _token_text(token: object) -> str | None:
+    """A token's text; checkpoints write it bare or inside an object with its options."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _read_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    path = directory / CHAT_TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,267 @@
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from echoatt_exporter.errors import ContractError
+from echoatt_exporter.graph import (
+    CheckContract,
+    RemoveDeadBranches,
+    RewireProbabilities,
+    SplitDecode,
+)
+from echoatt_exporter.graph.attention import find_attention
+from echoatt_exporter.graph.branches import branches
+from echoatt_runtime.contract.manifest import METADATA_KEY
+
+PLAN = (0, 1, 1, 0)
+
+
+@pytest.fixture
+def shared(decoder):
+    """A graph that keeps the contract, and its manifest."""
+    model = decoder().build()
+    manifest = decoder().manifest(PLAN)
+    RewireProbabilities(PLAN)(model)
+    RemoveDeadBranches(PLAN)(model)
+    model.metadata_props[METADATA_KEY] = manifest.to_json()
+    return model, manifest
+
+
+def value_named(values, name):
+    return next(value for value in values if value.name == name)
+
+
+def test_a_graph_that_keeps_the_contract_passes_and_is_not_touched(shared, ops):
+    model, manifest = shared
+    before = ops(model)
+    assert not CheckContract(manifest)(model).modified
+    assert ops(model) == before
+
+
+def test_what_the_file_and_its_verification_settle_later_may_differ(shared):
+    model, manifest = shared
+    CheckContract(dataclasses.replace(manifest, weights_bytes=1234))(model)
+
+
+def rename_input(model):
+    value_named(model.graph.inputs, "past_lengths").name = "lengths"
+
+
+def swap_outputs(model):
+    model.graph.outputs[1], model.graph.outputs[2] = model.graph.outputs[2], model.graph.outputs[1]
+
+
+def keep_key_cache(model):
+    new = ir.Value(
+        name="past_key_values.2.key",
+        shape=ir.Shape(["batch", 2, "capacity", 4]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    model.graph.inputs.append(new)
+
+
+def half_logits(model):
+    model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def other_dimension(model):
+    value = value_named(model.graph.inputs, "past_key_values.1.value")
+    value.shape = ir.Shape(["batch", 2, 4, "length"])
+
+
+def own_probabilities(model):
+    wrong = find_attention(model.graph, 0).probabilities
+    find_attention(model.graph, 2).context.replace_input_with(0, wrong)
+
+
+def scatter_elsewhere(model):
+    scatter = value_named(model.graph.outputs, "present.1.value").producer()
+    copy = ir.node("Identity", [value_named(model.graph.inputs, "past_lengths")])
+    copy.outputs[0].name = "copied"
+    model.graph.insert_before(scatter, copy)
+    scatter.replace_input_with(2, copy.outputs[0])
+
+
+def scatter_axis(model):
+    scatter = value_named(model.graph.outputs, "present.1.value").producer()
+    scatter.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+
+def scatter_circular(model):
+    scatter = value_named(model.graph.outputs, "present.1.key").producer()
+    scatter.attributes["mode"] = ir.AttrString("mode", "circular")
+
+
+def cache_into_another(model):
+    scatter = value_named(model.graph.outputs, "present.3.value").producer()
+    scatter.replace_input_with(0, value_named(model.graph.inputs, "past_key_values.2.value"))
+
+
+def concatenated_cache(model):
+    value_named(model.graph.outputs, "present.3.value").producer().op_type = "Concat"
+
+
+def unread_weight(model):
+    add_initializer(model, "stray")
+
+
+def follower_weight(model):
+    value = add_initializer(model, "model.layers.2.self_attn.q_proj.weight")
+    node = ir.node("Add", [model.graph.outputs[0], value])
+    node.outputs[0].name = "dead"
+    model.graph.append(node)
+
+
+def packed_follower_weight(model):
+    add_initializer(model, "model.layers.3.self_attn.[q_proj+k_proj+v_proj].weight.q")
+
+
+def follower_norm(model):
+    add_initializer(model, "decoder.layers.2.attention.k_norm.weight")
+
+
+def fused_follower_weight(model):
+    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight")
+
+
+def interleaved_follower_weight(model):
+    add_initializer(model, "gpt_neox.layers.3.attention.query_key_value.bias")
+
+
+def add_initializer(model, name):
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape([1]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(np.zeros(1, np.float32), name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def old_opset(model):
+    model.graph.opset_imports[""] = 23
+
+
+def foreign_domain(model):
+    next(iter(model.graph)).domain = "com.example"
+    model.graph.opset_imports["com.example"] = 1
+
+
+def no_manifest(model):
+    del model.metadata_props[METADATA_KEY]
+
+
+def broken_manifest(model):
+    model.metadata_props[METADATA_KEY] = "{"
+
+
+def other_manifest(model):
+    text = model.metadata_props[METADATA_KEY]
+    model.metadata_props[METADATA_KEY] = text.replace("tiny", "other").replace("llama", "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "faults"),
+    [
+        (rename_input, ["inputs missing: past_lengths", "inputs not in the contract: lengths"]),
+        (swap_outputs, ["outputs are in the order logits, present.0.value, present.0.key"]),
+        (keep_key_cache, ["inputs not in the contract: past_key_values.2.key"]),
+        (half_logits, ["output logits is FLOAT16, expected FLOAT"]),
+        (
+            other_dimension,
+            ["past_key_values.1.value has shape [batch,2,4,length], expected [batch, 2, 4, cap"],
+        ),
+        (own_probabilities, ["layer 2 does not read the probabilities of layer 1"]),
+        (scatter_elsewhere, ["present.1.value is not written at past_lengths"]),
+        (scatter_axis, ["present.1.value is not written along its capacity"]),
+        (scatter_circular, ["present.1.key is written in mode circular"]),
+        (
+            cache_into_another,
+            [
+                "present.3.value is not a TensorScatter into past_key_values.3.value",
+                "past_key_values.2.value is read by 2 nodes",
+            ],
+        ),
+        (concatenated_cache, ["present.3.value is not a TensorScatter"]),
+        (unread_weight, ["nothing reads the initializer stray"]),
+        (follower_weight, ["q_proj.weight is a query or key weight of the follower layer 2"]),
+        (packed_follower_weight, ["is a query or key weight of the follower layer 3"]),
+        (follower_norm, ["k_norm.weight is a query or key weight of the follower layer 2"]),
+        (fused_follower_weight, ["qkv_proj.weight is a query or key weight"]),
+        (interleaved_follower_weight, ["query_key_value.bias is a query or key weight"]),
+        (old_opset, ["operator set ai.onnx is 23, expected 24"]),
+        (
+            foreign_domain,
+            ["operator set com.example is imported", "nodes of the domain com.example are used"],
+        ),
+        (no_manifest, ["the metadata has no echoatt.manifest"]),
+        (broken_manifest, ["is not JSON"]),
+        (other_manifest, ["the metadata's manifest differs in family, source_checkpoint"]),
+    ],
+)
+def test_every_breach_is_named(shared, break_it, faults):
+    model, manifest = shared
+    break_it(model)
+    with pytest.raises(ContractError) as error:
+        CheckContract(manifest)(model)
+    for fault in faults:
+        assert fault in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_faults_are_reported_together(shared):
+    model, manifest = shared
+    for break_it in (half_logits, unread_weight, old_opset, no_manifest, own_probabilities):
+        break_it(model)
+    with pytest.raises(ContractError) as error:
+        CheckContract(manifest)(model)
+    for fault in ("FLOAT16", "stray", "is 23", "no echoatt.manifest", "layer 2 does not read"):
+        assert fault in str(error.value)
+
+
+def test_a_fused_weight_that_was_cut_to_its_values_is_no_query_or_key_weight(shared):
+    model, manifest = shared
+    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight.cut")
+    with pytest.raises(ContractError, match="nothing reads the initializer") as error:
+        CheckContract(manifest)(model)
+    assert "query or key" not in str(error.value)
+
+
+def test_a_sources_weights_are_no_fault(shared):
+    model, manifest = shared
+    assert "model.layers.1.self_attn.q_proj.weight" in model.graph.initializers
+    CheckContract(manifest)(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element_type"),
+    [("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16), ("int4", ir.DataType.FLOAT)],
+)
+def test_cache_types_follow_the_dtype_and_logits_stay_float32(shared, dtype, element_type):
+    model, manifest = shared
+    manifest = dataclasses.replace(manifest, dtype=dtype)
+    model.metadata_props[METADATA_KEY] = manifest.to_json()
+    if element_type != ir.DataType.FLOAT:
+        with pytest.raises(ContractError, match=r"past_key_values\.0\.key is FLOAT, expected"):
+            CheckContract(manifest)(model)
+    for value in (*model.graph.inputs[3:], *model.graph.outputs[1:]):
+        value.type = ir.TensorType(element_type)
+    CheckContract(manifest)(model)
+
+
+def test_followers_are_checked_through_branches(shared):
+    model, manifest = shared
+    SplitDecode()(model)
+    CheckContract(manifest)(model)
+    context = find_attention(model.graph, 2).context
+    mine, other = (find_attention(model.graph, layer).probabilities for layer in (2, 0))
+    for number, branch in enumerate(branches(context)):
+        for node in branch:
+            for index in [i for i, value in enumerate(node.inputs) if value is mine]:
+                node.replace_input_with(index, other)
+        fault = ("probabilities, or other ones", "layer 2 does not read the probabilities of")
+        with pytest.raises(ContractError, match=fault[number]):
+            CheckContract(manifest)(model)

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from echoatt_runtime import DamagedBundleError
+from echoatt_runtime.text.tokenizer import TextTokenizer
+
+TEXTS = ["Once upon a time", " lead", "</s>a <s>", "é ☃ 𝄞\n\n", "a  b\t", "世界"]
+
+
+@pytest.fixture
+def directory(byte_tokenizer, tmp_path):
+    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write_config(directory, **config):
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["stories260k", "books12"])
+def test_shared_tokenizers_agree_with_transformers(shared_models, name):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(shared_models / name)
+    ours = TextTokenizer.from_directory(shared_models / name)
+    for text in TEXTS:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.encode(text, add_special_tokens=False) == (
+            theirs(text, add_special_tokens=False).input_ids
+        )
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.special_tokens == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": False},
+        {"add_eos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+    ],
+)
+def test_added_tokens_agree_with_transformers(directory, flags):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+    }
+    write_config(directory, **config, **flags)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = TextTokenizer.from_directory(directory)
+    assert ours.encode("ab") == theirs("ab").input_ids
+    assert ours.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_saved_truncation_and_padding_are_not_applied(directory, byte_tokenizer):
+    byte_tokenizer.enable_truncation(4)
+    byte_tokenizer.enable_padding(length=8)
+    byte_tokenizer.save(str(directory / "tokenizer.json"))
+    assert len(TextTokenizer.from_directory(directory).encode("abcdef")) == 6
+
+
+def test_special_tokens_are_read_as_such_and_not_shown(directory):
+    tokenizer = TextTokenizer.from_directory(directory)
+    ids = tokenizer.encode("a</s>b")
+    assert ids[1] == 257
+    assert tokenizer.is_special_token(257)
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_chat_templates_are_found(directory):
+    assert TextTokenizer.from_directory(directory).chat_template is None
+    named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+    write_config(directory, chat_template=named)
+    assert TextTokenizer.from_directory(directory).chat_template == "d"
+    write_config(directory, chat_template="plain")
+    assert TextTokenizer.from_directory(directory).chat_template == "plain"
+    (directory / "chat_template.jinja").write_text("file")
+    assert TextTokenizer.from_directory(directory).chat_template == "file"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json cannot be read"),
+        ("tokenizer.json", None, "there is no tokenizer.json"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+    ],
+)
+def test_files_that_cannot_be_read(directory, file, content, fault):
+    if content is None:
+        (directory / file).unlink()
+    else:
+        (directory / file).write_text(content)
+    with pytest.raises(DamagedBundleError, match=fault):
+        TextTokenizer.from_directory(directory)
