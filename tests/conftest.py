@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.oracle_llama import LlamaOracle
     from transformers import PreTrainedModel
 
-    from echoatt_runtime.contract.plan import SharingPlan
+    from echoatt_runtime.contract import SharingPlan
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from echoatt_bench.bundle import BundleEngine
-from echoatt_bench.engine import Load, package
+from echoatt_bench.engine import Load
 
 _WARM_UP: Final = 2
 _KERNEL: Final = "_kernel_time"
@@ -37,44 +37,23 @@ def profile_bundle(
     runs = _WARM_UP + steps
     load = Load(path, threads, batch, context + runs + 1, vocab_size, seed=0)
     with tempfile.TemporaryDirectory(prefix="echoatt-profile-") as folder:
-        engine = _profiled_engine(load, Path(folder) / "trace")
+        engine = BundleEngine(load, profile=Path(folder) / "trace")
         engine.decode(context, runs)
-        chunk, head_dim = min(engine.prefill_chunk, context), engine.head_dim
+        chunk = min(engine.prefill_chunk, context)
+        head_dims = frozenset(engine.executor.specification.head_dims)
         for _ in range(runs):
             engine.run_chunk(context - chunk, context)
-        trace = Path(engine.end_profiling())
+        trace = engine.executor.session.end_profiling()
         events = json.loads(trace.read_text(encoding="utf-8"))
     by_run = list(runs_of(events))
     return [
-        {"phase": "decode", "tokens": 1, **summarise(by_run[_WARM_UP:runs], head_dim)},
+        {"phase": "decode", "tokens": 1, **summarise(by_run[_WARM_UP:runs], head_dims)},
         {
             "phase": "prefill",
             "tokens": chunk,
-            **summarise(by_run[runs + _WARM_UP :], head_dim),
+            **summarise(by_run[runs + _WARM_UP :], head_dims),
         },
     ]
-
-
-def _profiled_engine(load: Load, prefix: Path) -> BundleEngine:
-    """An engine whose session is made with the runtime's own options and the profiler on.
-
-    The runtime has no switch for it, so the class that it makes its options from is another one,
-    for as long as it takes and in this process alone.
-    """
-    ort = package("onnxruntime")
-    original = ort.SessionOptions
-
-    def options() -> Any:
-        made = original()
-        made.enable_profiling = True
-        made.profile_file_prefix = str(prefix)
-        return made
-
-    ort.SessionOptions = options  # type: ignore[attr-defined]
-    try:
-        return BundleEngine(load)
-    finally:
-        ort.SessionOptions = original  # type: ignore[attr-defined]
 
 
 def runs_of(events: Sequence[Event]) -> Iterator[tuple[int, list[Event]]]:
@@ -91,12 +70,14 @@ def runs_of(events: Sequence[Event]) -> Iterator[tuple[int, list[Event]]]:
         yield int(run["dur"]), [e for e in kernels if begin <= e["ts"] < end]
 
 
-def summarise(runs: Sequence[tuple[int, Sequence[Event]]], head_dim: int) -> dict[str, Any]:
+def summarise(
+    runs: Sequence[tuple[int, Sequence[Event]]], head_dims: Container[int]
+) -> dict[str, Any]:
     """Medians over runs of the time by kind of operator.
 
     Args:
         runs: As `runs_of` gives them, at least one.
-        head_dim: Size of a head.
+        head_dims: Sizes of a head.
 
     Returns:
         `microseconds` of a run, `outside` the kernels, and `operators`: name, kernels a run
@@ -107,7 +88,7 @@ def summarise(runs: Sequence[tuple[int, Sequence[Event]]], head_dim: int) -> dic
     for _, kernels in runs:
         total: dict[str, float] = {}
         for event in kernels:
-            kind = operator_kind(event["args"], head_dim)
+            kind = operator_kind(event["args"], head_dims)
             total[kind] = total.get(kind, 0.0) + event["dur"]
             counts[kind] = counts.get(kind, 0.0) + 1 / len(runs)
         sums.append(total)
@@ -127,12 +108,12 @@ def summarise(runs: Sequence[tuple[int, Sequence[Event]]], head_dim: int) -> dic
     }
 
 
-def operator_kind(arguments: Mapping[str, Any], head_dim: int) -> str:
+def operator_kind(arguments: Mapping[str, Any], head_dims: Container[int]) -> str:
     """The operator, with matrix products told apart by what they multiply.
 
     Args:
         arguments: `args` of a kernel's event.
-        head_dim: Size of a head.
+        head_dims: Sizes of a head.
     """
     name = str(arguments["op_name"])
     if "MatMul" not in name or name == "MatMulNBits":
@@ -141,4 +122,4 @@ def operator_kind(arguments: Mapping[str, Any], head_dim: int) -> str:
     if len(shapes) < 2 or int(arguments["parameter_size"]) > 0:
         return f"{name} (weights)"
     # A product runs over its first operand's last axis: a head for Q·K, the capacity for P·V
-    return f"{name} (Q·K)" if shapes[0][-1] == head_dim else f"{name} (P·V)"
+    return f"{name} (Q·K)" if shapes[0][-1] in head_dims else f"{name} (P·V)"

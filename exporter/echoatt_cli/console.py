@@ -79,16 +79,17 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         print(report.to_json())
         return
-    show_plan(report.manifest.sources)
+    show_plan(report.manifest.specification.plan.sources)
     console.print(_passes_table(report))
     if report.parity is not None:
         console.print(format_report(report.parity))
     manifest = report.manifest
-    size = report.model.stat().st_size + manifest.weights_bytes
+    specification = manifest.specification
+    size = report.model.stat().st_size + (manifest.weights.bytes or 0)
     verified = "not verified" if manifest.verification is None else "verified"
     console.print(
-        f"{report.model}: {manifest.dtype}, {report.parameters:,} parameters,"
-        f" {size / 1e6:,.1f} MB, {manifest.cache_bytes_per_token:,} cache bytes a token,"
+        f"{report.model}: {specification.dtype}, {report.parameters:,} parameters,"
+        f" {size / 1e6:,.1f} MB, {specification.cache_bytes_per_token:,} cache bytes a token,"
         f" {verified}, {report.seconds:.0f} s",
         soft_wrap=True,
         highlight=False,

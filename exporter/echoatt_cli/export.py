@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from echoatt_runtime.contract.manifest import DEVICES, DTYPES
+from echoatt_runtime.contract import DEVICES, DTYPES
 
 if TYPE_CHECKING:
     from echoatt_exporter import SharingPlan

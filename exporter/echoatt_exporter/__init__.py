@@ -31,7 +31,7 @@ from echoatt_exporter.share.checkpoint import (
 )
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 
 __all__ = [

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from echoatt_exporter.errors import UnsupportedModelError
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 LayerKind = Literal["full", "sliding"]
 
@@ -64,6 +64,21 @@ class DecoderArchitecture:
         plan.validate(
             self.layer_kinds, (self.num_query_heads,) * count, (self.num_kv_heads,) * count
         )
+
+
+def specification_fields(architecture: DecoderArchitecture) -> dict[str, Any]:
+    """What a bundle's specification takes over from the decoder."""
+    count = architecture.num_layers
+    return {
+        "family": architecture.family,
+        "layer_kinds": architecture.layer_kinds,
+        "sliding_window": architecture.sliding_window,
+        "query_heads": (architecture.num_query_heads,) * count,
+        "kv_heads": (architecture.num_kv_heads,) * count,
+        "head_dims": (architecture.head_dim,) * count,
+        "vocab_size": architecture.vocab_size,
+        "context_length": architecture.context_length,
+    }
 
 
 def _normalized(config: PreTrainedConfig) -> Any:

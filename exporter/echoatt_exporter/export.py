@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
+from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.bundle.write import (
     BundlePath,
-    copy_bundle_files,
     copy_checkpoint_files,
+    copy_companions,
     write_bundle,
 )
 from echoatt_exporter.errors import ExportError
@@ -26,18 +25,19 @@ from echoatt_exporter.graph import PassReport, export_pipeline, run_pipeline
 from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
 from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.trace.tracer import GRAPH_DTYPES, trace_student
-from echoatt_runtime.contract.manifest import (
+from echoatt_exporter.trace.tracer import graph_dtype, trace_student
+from echoatt_runtime.bundle import Bundle, find_model
+from echoatt_runtime.contract import (
     DEVICES,
     DTYPES,
-    METADATA_KEY,
     Manifest,
+    SharingPlan,
     SourceCheckpoint,
+    Specification,
     Verification,
+    lay_out_caches,
 )
-from echoatt_runtime.contract.plan import SharingPlan
 from echoatt_runtime.errors import PlanError
-from echoatt_runtime.executor.session import find_model, read_manifest
 
 # Long enough for several prefill chunks and a grown cache; `echoatt parity` goes up to the model's
 # own limit.
@@ -126,40 +126,39 @@ def export_bundle(
     student = load_shared(
         source,
         plan,
-        dtype=GRAPH_DTYPES[dtype],
+        dtype=graph_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
-    architecture = architecture_of(student.config.get_text_config())
     orders = moved_heads(source, plan)
-    manifest = _manifest(source, architecture, student, orders, dtype=dtype, device=device)
+    specification = _specification(source, student, orders, dtype=dtype, device=device)
     reference: ReferenceRun | None = None
     if verify:
         on_step("reference", 0, 1)
         reference = record_reference(
-            student, manifest, tokenizer_dir=source, max_context=_VERIFIED_CONTEXT
+            student, specification, tokenizer_dir=source, max_context=_VERIFIED_CONTEXT
         )
     on_step("trace", 0, 1)
-    model = trace_student(student, manifest)
+    model = trace_student(student, specification)
     # The graph holds the weights it needs; the rest of the student may go before anything is copied
     del student
     gc.collect()
     on_step("passes", 0, 1)
-    reports = _run_passes(model, manifest)
+    reports = run_pipeline(model, export_pipeline(specification))
 
     parity: ParityReport | None = None
 
-    def verify_staged(path: Path) -> Verification | None:
+    def verify_staged(bundle: Bundle) -> Verification | None:
         nonlocal parity
         if reference is None:
             return None
         on_step("verify", 0, 1)
-        parity = compare(reference, path)
+        parity = compare(reference, bundle)
         parity.raise_on_mismatch()
         return parity.verification()
 
     manifest = write_bundle(
         model,
-        manifest,
+        specification,
         target,
         lambda stage: copy_checkpoint_files(source, stage, trust_remote_code=trust_remote_code),
         force=force,
@@ -215,15 +214,16 @@ def rewrite_bundle(
         raise ExportError(f"{target.model} is the input itself; name another output")
     target.check_free(force=force)
     on_step("load", 0, 1)
-    manifest = read_manifest(source)
-    if manifest.sources != tuple(range(manifest.num_layers)):
+    bundle = Bundle.open(model_file)
+    specification = bundle.specification
+    if specification.plan.followers:
         raise PlanError(
             f"{source} is shared already; rewrite the unshared bundle of the same checkpoint"
         )
     if plan is None:
         raise PlanError("a rewrite needs a sharing plan; pass --plan FILE or --share 3:2,4:2")
-    plan = SharingPlan.of(plan, manifest.num_layers)
-    plan.validate(manifest.layer_kinds, (manifest.num_query_heads,) * manifest.num_layers)
+    plan = SharingPlan.of(plan, specification.num_layers)
+    plan.validate(specification.layer_kinds, specification.query_heads)
     if plan.head_orders:
         raise PlanError(
             "the plan moves heads, which takes the checkpoint's weights and not a bundle's graph;"
@@ -231,14 +231,19 @@ def rewrite_bundle(
             " export that"
         )
     model = ir.load(source)
-    manifest = dataclasses.replace(manifest, sources=plan.sources, verification=None)
+    caches = tuple(
+        cache
+        for cache in specification.caches
+        if cache.kind != "key" or not plan.is_follower(cache.layer)
+    )
+    specification = dataclasses.replace(specification, plan=plan, caches=caches)
     on_step("passes", 0, 1)
-    reports = _run_passes(model, manifest)
+    reports = run_pipeline(model, export_pipeline(specification))
     manifest = write_bundle(
         model,
-        manifest,
+        specification,
         target,
-        lambda stage: copy_bundle_files(source.parent, stage),
+        lambda stage: copy_companions(bundle, stage),
         force=force,
         verify=lambda _: None,
         on_weight=lambda done, total: on_step("write", done, total),
@@ -253,11 +258,6 @@ def rewrite_bundle(
     )
 
 
-def _run_passes(model: ir.Model, manifest: Manifest) -> list[PassReport]:
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
-    return run_pipeline(model, export_pipeline(manifest))
-
-
 def _check_target(dtype: str, device: str) -> None:
     if dtype not in DTYPES:
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -270,18 +270,19 @@ def _check_target(dtype: str, device: str) -> None:
         )
 
 
-def _manifest(
+def _specification(
     source: Path,
-    architecture: DecoderArchitecture,
     student: EchoAttForCausalLM,
     head_orders: tuple[tuple[int, ...], ...],
     *,
     dtype: str,
     device: str,
-) -> Manifest:
-    """The manifest as far as it is known before anything is written."""
+) -> Specification:
     generation = student.generation_config
     config = student.config.get_text_config()
+    fields = specification_fields(architecture_of(config))
+    plan = SharingPlan(tuple(student.sources), head_orders)
+    compute = DTYPES[dtype].compute.name
 
     def token(name: str) -> Any:
         # What generate() would use comes first, as in transformers
@@ -289,20 +290,16 @@ def _manifest(
         return value if value is not None else getattr(config, name, None)
 
     eos = token("eos_token_id")
-    return Manifest(
-        exporter_version=importlib.metadata.version("echoatt"),
-        **dataclasses.asdict(architecture),
-        sources=tuple(student.sources),
-        head_orders=head_orders,
+    return Specification(
+        **fields,
+        plan=plan,
         dtype=dtype,
         device=device,
+        caches=lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], compute),
         bos_token_id=token("bos_token_id"),
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         pad_token_id=token("pad_token_id"),
-        weights_file="model.onnx.data",
-        weights_bytes=0,
         source_checkpoint=SourceCheckpoint(
             name=source.resolve().name, sha256=checkpoint_digest(source)
         ),
-        verification=None,
     )

@@ -11,7 +11,7 @@
 
 from importlib.metadata import version
 
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Manifest
 from echoatt_runtime.errors import (
     BundleError,
     BundleNotFoundError,

@@ -6,9 +6,12 @@ EchoAttError
 │   ├── ForeignModelError      an ONNX file without an EchoAtt manifest
 │   ├── NewerFormatError       written by a newer EchoAtt
 │   └── DamagedBundleError     a manifest, graph or weight file that is incomplete or inconsistent
+├── SpecificationError         a description of a model that contradicts itself
 ├── PlanError                  a sharing plan that is malformed or does not fit the model
 ├── OptionError                an option of loading is out of range
 ├── DeviceError                an unknown device, or one whose provider did not load
+├── OutOfMemoryError           no memory left to load a model or to run a step
+├── RunError                   ONNX Runtime refuses a step
 ├── MissingDependencyError     an optional package is not installed
 ├── PromptError                a prompt that cannot be run (empty, not text)
 │   ├── ContextOverflowError   prompt and new tokens do not fit the context
@@ -56,12 +59,24 @@ class PlanError(EchoAttError):
     """A sharing plan is malformed, or does not fit the model."""
 
 
+class SpecificationError(EchoAttError):
+    """A description of what is to be built contradicts itself."""
+
+
 class OptionError(EchoAttError):
     """An option of loading a model is out of range."""
 
 
 class DeviceError(EchoAttError):
     """The device is unknown, or its execution provider did not load."""
+
+
+class OutOfMemoryError(EchoAttError):
+    """There is no memory left to load a model or to run a step."""
+
+
+class RunError(EchoAttError):
+    """ONNX Runtime refuses a step."""
 
 
 class MissingDependencyError(EchoAttError):

@@ -13,21 +13,18 @@ from typing import TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from echoatt_runtime.cache.kv_cache import bucket_capacity
-from echoatt_runtime.contract.manifest import Manifest
-from echoatt_runtime.errors import ContextOverflowError, OptionError, PromptError
-from echoatt_runtime.executor.session import Session, open_session
-from echoatt_runtime.generate import (
-    PREFILL_CHUNK,
-    check_token_ids,
-    iter_chunks,
-    run_chunk,
-    stream_batch,
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.contract import Manifest
+from echoatt_runtime.errors import (
+    ContextOverflowError,
+    OptionError,
+    PromptError,
 )
+from echoatt_runtime.executor import PREFILL_CHUNK, Executor, open_executor, run_texts
+from echoatt_runtime.generation import TokenSequence, check_token_ids, generate
 from echoatt_runtime.results import GenerationResult, TextPiece
 from echoatt_runtime.sampling import SamplingParams
-from echoatt_runtime.text.chat import Message, render_chat
-from echoatt_runtime.text.tokenizer import TextTokenizer
+from echoatt_runtime.text import Message, TextTokenizer, render_chat
 
 # Text, tokens, or the messages of a chat.
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -37,14 +34,18 @@ class EchoModel:
     """A bundle, loaded and ready to generate. `EchoModel.load` makes one from a path.
 
     Attributes:
-        session: The lower layer: logits and caches, without text.
+        bundle: Its files.
+        executor: The lower layer: logits and caches, without text.
         prefill_chunk: Most prompt tokens that run at once.
     """
 
-    def __init__(self, session: Session, *, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self, bundle: Bundle, executor: Executor, *, prefill_chunk: int = PREFILL_CHUNK
+    ) -> None:
         if prefill_chunk < 1:
             raise OptionError(f"prefill_chunk is {prefill_chunk}; give at least 1")
-        self.session = session
+        self.bundle = bundle
+        self.executor = executor
         self.prefill_chunk = prefill_chunk
 
     @classmethod
@@ -55,27 +56,33 @@ class EchoModel:
         threads: int | None = None,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
+        verify: bool = False,
     ) -> EchoModel:
         """Load a bundle.
 
         Args:
             path: The .onnx file, or a directory that holds model.onnx.
-            device: "cpu" or "cuda"; a device that does not work is an error, never replaced.
+            device: "cpu" or "cuda", as the bundle was exported for; a device that does not work is
+                an error, never replaced.
             threads: CPU threads that one operator may use; None leaves it to ONNX Runtime.
             prefill_chunk: Most prompt tokens to run at once. Attention's memory grows with it.
+            verify: Compare every file's hash with the manifest first, which reads all of them.
+                Sizes are always compared.
 
         Raises:
             BundleError: There is no usable bundle; the subclass says why.
             OptionError: `threads` or `prefill_chunk` is not positive.
-            DeviceError: The device is unknown, did not load, or cannot run the bundle's dtype.
+            DeviceError: The device is unknown, did not load, or is not the bundle's.
+            OutOfMemoryError: There is no room for the model.
             MissingDependencyError: ONNX Runtime is not installed.
         """
-        return cls(open_session(path, device, threads), prefill_chunk=prefill_chunk)
+        bundle = Bundle.open(path, verify=verify)
+        return cls(bundle, open_executor(bundle, device, threads), prefill_chunk=prefill_chunk)
 
     @property
     def manifest(self) -> Manifest:
         """What the bundle says of itself."""
-        return self.session.manifest
+        return self.bundle.manifest
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -84,36 +91,53 @@ class EchoModel:
         Raises:
             DamagedBundleError: There is none, or it cannot be read.
         """
-        return TextTokenizer.from_directory(self.session.path.parent)
+        return TextTokenizer.from_files(self.bundle.companion, self.bundle.model.parent)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_errors: bool = False,
     ) -> list[GenerationResult]:
         """Generate for one prompt or for a batch, whose prompts may differ in length.
 
         Args:
             prompts: A prompt, or a list of them. A prompt is text, a list of tokens, or a list of
                 chat messages with "role" and "content".
-            params: How to choose tokens and when to stop; greedy without.
+            params: How to choose tokens and when to stop, for all prompts or one for each; greedy
+                without.
+            return_errors: Whether what goes wrong with one prompt is left in its result, with
+                `finish_reason` "error", instead of being raised when all prompts have ended.
 
         Returns:
             A result for every prompt, in order.
 
         Raises:
             PromptError: A prompt is empty or has tokens outside the vocabulary.
+            OptionError: There are not as many `params` as prompts.
             ContextOverflowError: A prompt leaves no room for a new token.
             ChatTemplateError: There is no chat template, or it refuses the messages.
             NumericalError: The model computed logits that are not numbers.
+            OutOfMemoryError: There is no room for what the graph computes.
         """
-        batch = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        results: list[GenerationResult | None] = [None] * len(batch)
-        for row, piece in self._stream(batch, params):
-            if piece.result is not None:
-                results[row] = piece.result
-        return cast(list[GenerationResult], results)
+        batch = _as_batch(prompts)
+        sequences = [
+            self._sequence(prompt, own, f"prompt {index}")
+            for index, (prompt, own) in enumerate(
+                zip(batch, _one_each(params, len(batch)), strict=True)
+            )
+        ]
+        for _ in generate(self.executor, sequences, self.prefill_chunk):
+            pass
+        results = [cast(GenerationResult, sequence.result) for sequence in sequences]
+        for result in results:
+            if result.error is not None and not return_errors:
+                raise result.error
+        return results
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
-        """Generate for one prompt and yields text as it becomes certain.
+        """Generate for one prompt and yield text as it becomes certain.
 
         Args:
             prompt: Text, a list of tokens, or a list of chat messages.
@@ -127,9 +151,10 @@ class EchoModel:
             ContextOverflowError: As `generate`, at the call.
             ChatTemplateError: As `generate`, at the call.
             NumericalError: As `generate`, while iterating.
+            OutOfMemoryError: As `generate`, while iterating.
         """
-        pieces = self._stream([self._encode(prompt)], params)
-        return (piece for _, piece in pieces)
+        # Not a generator itself, so that a bad prompt is an error at the call
+        return self._pieces(self._sequence(prompt, params or SamplingParams(), "the prompt"))
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits at every position of one text, for perplexity and comparisons.
@@ -143,29 +168,31 @@ class EchoModel:
         Raises:
             PromptError: No tokens, or tokens outside the vocabulary.
             ContextOverflowError: More tokens than the context holds.
+            OutOfMemoryError: There is no room for what the graph computes.
         """
-        manifest = self.manifest
-        check_token_ids([token_ids], manifest.vocab_size)
-        if len(token_ids) > manifest.context_length:
+        specification = self.bundle.specification
+        check_token_ids(token_ids, specification.vocab_size)
+        if len(token_ids) > specification.context_length:
             raise ContextOverflowError(
-                f"{len(token_ids)} tokens do not fit the context of {manifest.context_length}; "
-                "cut the text into windows"
+                f"{len(token_ids)} tokens do not fit the context of"
+                f" {specification.context_length}; cut the text into windows"
             )
         first, limit = min(len(token_ids), self.prefill_chunk), len(token_ids)
-        cache = self.session.new_cache(1, bucket_capacity(first, limit), limit)
-        logits_SV = np.empty((len(token_ids), manifest.vocab_size), np.float32)
-        for chunk in iter_chunks([token_ids], self.prefill_chunk):
-            start, length = int(chunk.past_lengths[0]), int(chunk.lengths[0])
-            positions = np.arange(length, dtype=np.int64)[None]
-            logits_SV[start : start + length] = run_chunk(self.session, cache, chunk, positions)[0]
+        cache = self.executor.new_cache(1, first, limit)
+        logits_SV = np.empty((len(token_ids), specification.vocab_size), np.float32)
+        for (found,) in run_texts(self.executor, cache, [token_ids], [0], self.prefill_chunk):
+            logits_SV[found.positions.start : found.positions.stop] = found.logits
         return logits_SV
 
-    def _stream(
-        self, batch: Sequence[Sequence[int]], params: SamplingParams | None
-    ) -> Iterator[tuple[int, TextPiece]]:
-        return stream_batch(
-            self.session, self.tokenizer, batch, params or SamplingParams(), self.prefill_chunk
-        )
+    def _sequence(self, prompt: Prompt, params: SamplingParams, name: str) -> TokenSequence:
+        tokens, specification = self._encode(prompt), self.bundle.specification
+        return TokenSequence(tokens, params, specification, self.tokenizer, name)
+
+    def _pieces(self, sequence: TokenSequence) -> Iterator[TextPiece]:
+        for _, piece in generate(self.executor, [sequence], self.prefill_chunk):
+            if piece.result is not None and piece.result.error is not None:
+                raise piece.result.error
+            yield piece
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -197,3 +224,17 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts[0], Mapping) or _is_token(prompts[0]):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    """Sampling parameters for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise OptionError(
+            f"there are {len(params)} sampling parameters for {count} prompts; give one for all, or"
+            " one for each"
+        )
+    return params

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+from echoatt_runtime.errors import EchoAttError
+
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +34,11 @@ class GenerationResult:
             space stays where the prompt's text goes on with one.
         token_ids: Every new token, including the one that ended generation.
         finish_reason: "stop" for an end token or a stop string; "length" for `max_new_tokens` or
-            the end of the context.
+            the end of the context; "error" where something went wrong with this prompt alone.
         prompt_tokens: Tokens of the prompt.
         new_tokens: Number of `token_ids`.
         timings: How long it took.
+        error: What went wrong, where `finish_reason` is "error"; else None.
     """
 
     text: str
@@ -44,6 +47,7 @@ class GenerationResult:
     prompt_tokens: int
     new_tokens: int
     timings: Timings
+    error: EchoAttError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

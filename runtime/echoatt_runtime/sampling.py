@@ -88,6 +88,11 @@ class SamplingParams:
         if faults:
             raise SamplingError(f"sampling parameters are out of range: {'; '.join(faults)}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is the one to take, as the model gives it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: float) -> Logits:
     """Divides the positive and multiplies the negative logits of `token_ids` by `penalty`.

@@ -18,7 +18,7 @@ from echoatt_exporter.evaluate.models import open_model
 from echoatt_exporter.evaluate.perplexity import compare_documents
 from echoatt_exporter.evaluate.score import Interval, TextComparison
 from echoatt_exporter.texts import Text, texts_digest
-from echoatt_runtime.executor.session import read_manifest
+from echoatt_runtime.bundle import read_manifest
 
 EXACT, QUANTISED = "fp32", ("int8", "int4")
 PLAN = HERE / "results" / "plans" / "42-cost-aligned.json"
@@ -112,7 +112,7 @@ def main() -> None:
     for name, (directory, sharing) in models.items():
         bundles = _export(directory, sharing, args.work / name.replace(" ", "-"))
         manifests = {dtype: read_manifest(bundle) for dtype, bundle in bundles.items()}
-        sizes = {dtype: manifest.weights_bytes for dtype, manifest in manifests.items()}
+        sizes = {dtype: manifest.weights.bytes for dtype, manifest in manifests.items()}
         compared = _compare(bundles, texts, args.max_tokens)
         exact = compared[QUANTISED[0]].reference
         tokens = exact.tokens
@@ -122,7 +122,7 @@ def main() -> None:
             for dtype, result in compared.items()
         ]
         data[name] = {
-            "sources": manifests[EXACT].sources,
+            "sources": manifests[EXACT].specification.plan.sources,
             "weight_bytes": sizes,
             EXACT: {"perplexity": exact.perplexity},
             **{dtype: _record(result) for dtype, result in compared.items()},

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from echoatt_runtime.executor.session import Session, open_session
 from numpy.typing import NDArray
 
 from echoatt_exporter import CheckpointError, export_bundle, load_model, share_attention
@@ -21,9 +22,8 @@ from echoatt_exporter.evaluate.models import (
 from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
 from echoatt_exporter.share.checkpoint import save_student
 from echoatt_exporter.texts import Text
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import DamagedBundleError, DeviceError
-from echoatt_runtime.executor.session import Session, open_session
 
 Doubles = NDArray[np.float64]
 

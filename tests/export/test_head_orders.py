@@ -11,7 +11,7 @@ from tests.tiny_models import build_tiny_model
 
 from echoatt_exporter import PlanError, SharingPlan, check_parity, export_bundle, load_shared
 from echoatt_exporter.export import moved_heads
-from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest
+from echoatt_runtime.contract import METADATA_KEY, Manifest
 
 PLAN = SharingPlan((0, 1, 1), ((), (), (3, 2, 0, 1)))
 

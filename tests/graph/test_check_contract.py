@@ -13,7 +13,7 @@ from echoatt_exporter.graph import (
 )
 from echoatt_exporter.graph.attention import find_attention
 from echoatt_exporter.graph.branches import branches
-from echoatt_runtime.contract.manifest import METADATA_KEY
+from echoatt_runtime.contract import METADATA_KEY
 
 PLAN = (0, 1, 1, 0)
 

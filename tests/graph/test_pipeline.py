@@ -14,7 +14,7 @@ from echoatt_exporter.graph import (
     export_pipeline,
     run_pipeline,
 )
-from echoatt_runtime.contract.manifest import METADATA_KEY
+from echoatt_runtime.contract import METADATA_KEY
 from echoatt_runtime.errors import PlanError
 
 PLAN = (0, 1, 1, 0)

@@ -15,7 +15,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from echoatt_runtime.contract.manifest import (
+from echoatt_runtime.contract import (
     METADATA_KEY,
     Manifest,
     SourceCheckpoint,

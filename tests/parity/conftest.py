@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from echoatt_exporter.parity import ReferenceRun
     from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-    from echoatt_runtime.contract.manifest import Manifest
+    from echoatt_runtime.contract import Manifest
 
 # The caches grow once on the way
 CONTEXT = 300
@@ -33,7 +33,7 @@ class Exported:
 
 def make_manifest(student: EchoAttForCausalLM, dtype: str = "fp32") -> Manifest:
     from echoatt_exporter.architecture import architecture_of
-    from echoatt_runtime.contract.manifest import Manifest, SourceCheckpoint
+    from echoatt_runtime.contract import Manifest, SourceCheckpoint
 
     architecture = architecture_of(student.config.get_text_config())
     return Manifest(
@@ -62,7 +62,7 @@ def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
     from echoatt_exporter.parity import record_reference
     from echoatt_exporter.share.apply import share_attention
     from echoatt_exporter.trace.tracer import trace_student
-    from echoatt_runtime.contract.plan import SharingPlan
+    from echoatt_runtime.contract import SharingPlan
 
     def build(name: str, sources: tuple[int, ...], dtype: str = "fp32", **fields: Any) -> Exported:
         torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
@@ -90,7 +90,7 @@ def write(tmp_path_factory: Any) -> Callable[[ir.Model, Manifest], Path]:
     """`write(model, manifest)` writes a graph as a bundle and gives its path."""
     import onnx_ir as ir
 
-    from echoatt_runtime.contract.manifest import METADATA_KEY
+    from echoatt_runtime.contract import METADATA_KEY
 
     def save(model: ir.Model, manifest: Manifest) -> Path:
         path: Path = tmp_path_factory.mktemp("bundle") / "model.onnx"

@@ -17,7 +17,7 @@ from echoatt_exporter.errors import CheckpointError, ParityError
 from echoatt_exporter.parity import assert_parity, check_parity, compare, record_reference
 from echoatt_exporter.parity.cases import write_script
 from echoatt_exporter.share.apply import share_attention
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import (
     BundleNotFoundError,
     DamagedBundleError,

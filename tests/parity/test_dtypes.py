@@ -22,7 +22,7 @@ from echoatt_exporter.parity.arithmetic import (
 )
 from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks
 from echoatt_exporter.share.apply import share_attention
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import DamagedBundleError
 
 ROUNDED = "ragged batch, rounded weights"

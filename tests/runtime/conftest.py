@@ -13,12 +13,12 @@ import numpy.typing as npt
 import onnx
 import pytest
 import tokenizers
+from echoatt_runtime.executor.session import Session, open_session
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
 
 from echoatt_runtime import EchoModel
-from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest, SourceCheckpoint
-from echoatt_runtime.executor.session import Session, open_session
+from echoatt_runtime.contract import METADATA_KEY, Manifest, SourceCheckpoint
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(BYTES), len(BYTES) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 _BOX_WIDTH, _BOX_HEIGHT, _PITCH = 40, 32, 54
 _MARGIN = 10

@@ -14,7 +14,7 @@ from echoatt_exporter.analyze.choice import Method
 from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 
 @dataclass(frozen=True, slots=True)

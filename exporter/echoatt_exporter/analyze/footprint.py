@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import AnalysisError
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, FollowerAttention
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 
 @dataclass(frozen=True, slots=True)

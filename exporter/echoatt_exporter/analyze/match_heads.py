@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 
 def match_heads(head_pairs_FS: NDArray[np.float32], num_kv_heads: int) -> tuple[int, ...]:

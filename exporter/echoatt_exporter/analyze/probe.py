@@ -26,7 +26,7 @@ from echoatt_exporter.share.modeling_echoatt import (
     FollowerAttention,
     MaterializedAttention,
 )
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements.
 _LOGITS_AT_ONCE = 1 << 22

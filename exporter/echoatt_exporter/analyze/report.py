@@ -24,7 +24,7 @@ from echoatt_exporter.analyze.pictures import (
 )
 from echoatt_exporter.analyze.publish import FRONT, PLAN
 from echoatt_exporter.analyze.search import PlanSearch
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 _TEMPLATE = "report.html.j2"
 

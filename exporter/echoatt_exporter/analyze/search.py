@@ -22,7 +22,7 @@ from echoatt_exporter.analyze.probe import PlanCost, PlanProbe
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 # Measured plans of one follower count from which plans with one more are made, at least.
 _BEAM_WIDTH = 4

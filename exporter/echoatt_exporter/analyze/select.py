@@ -10,7 +10,7 @@ import numpy as np
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture, LayerKind
 from echoatt_exporter.errors import AnalysisError
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 
 def layer_importance(similarity: LayerSimilarity) -> tuple[float, ...]:

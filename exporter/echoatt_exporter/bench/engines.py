@@ -10,7 +10,7 @@ from typing import Final
 
 from echoatt_exporter.bench.weight_bytes import onnx_weight_bytes
 from echoatt_exporter.errors import BenchError
-from echoatt_runtime.executor.session import find_model, read_manifest
+from echoatt_runtime.bundle import find_model, read_manifest
 
 # Each peer's packages by import name, and how to get them
 PEERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
@@ -65,22 +65,23 @@ def bundle_engines(paths: Sequence[str | Path]) -> list[EngineSpec]:
     found = []
     for path in paths:
         model = find_model(path)
-        manifest = read_manifest(model)
-        if manifest.device != "cpu":
-            raise BenchError(f"{model} is a bundle for {manifest.device}; the bench runs on CPUs")
-        followers = sum(manifest.is_follower(layer) for layer in range(manifest.num_layers))
-        sharing = followers / manifest.num_layers
+        specification = read_manifest(model).specification
+        if specification.device != "cpu":
+            raise BenchError(
+                f"{model} is a bundle for {specification.device}; the bench runs on CPUs"
+            )
+        sharing = specification.plan.ratio
         found.append(
             EngineSpec(
-                name=f"EchoAtt {manifest.dtype} {sharing:.0%}",
+                name=f"EchoAtt {specification.dtype} {sharing:.0%}",
                 kind="echoatt",
                 path=model,
-                dtype=manifest.dtype,
+                dtype=specification.dtype,
                 sharing=sharing,
                 weight_bytes=onnx_weight_bytes(model),
-                cache_bytes_per_token=manifest.cache_bytes_per_token,
-                context_length=manifest.context_length,
-                vocab_size=manifest.vocab_size,
+                cache_bytes_per_token=specification.cache_bytes_per_token,
+                context_length=specification.context_length,
+                vocab_size=specification.vocab_size,
             )
         )
     if len({engine.vocab_size for engine in found}) > 1:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import filecmp
+import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,13 +20,21 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from echoatt_exporter.errors import ExportError, OutputExistsError
 from echoatt_exporter.graph import check_file
 from echoatt_exporter.share.checkpoint import save_tokenizer
-from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest, Verification
-from echoatt_runtime.ort import PROVIDERS
+from echoatt_runtime.bundle import Bundle, file_sha256, read_onnx_file
+from echoatt_runtime.contract import (
+    COMPANION,
+    METADATA_KEY,
+    WEIGHTS,
+    BundleFile,
+    Manifest,
+    Specification,
+    Verification,
+)
+from echoatt_runtime.ort import PROVIDERS, has_cuda
 
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
 _CONFIG_FILES = ("config.json", "generation_config.json")
@@ -80,23 +89,23 @@ class BundlePath:
 
 def write_bundle(
     model: ir.Model,
-    manifest: Manifest,
+    specification: Specification,
     out: BundlePath,
     copy_files: Callable[[Path], None],
     *,
     force: bool,
-    verify: Callable[[Path], Verification | None],
+    verify: Callable[[Bundle], Verification | None],
     on_weight: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Manifest:
     """Write, check, verify and publish a bundle.
 
     Args:
         model: The finished graph.
-        manifest: What it is; size of the weight file and verification are filled in here.
+        specification: What it computes.
         out: Where it goes.
         copy_files: Puts the files that belong beside the model into a directory.
         force: Overwrite what is there.
-        verify: Compares the staged model file with PyTorch; raises what it must.
+        verify: Compares the staged bundle with PyTorch; raises what it must.
         on_weight: Called with (tensors written, tensors in all).
 
     Returns:
@@ -110,22 +119,31 @@ def write_bundle(
     out.check_free(force=force)
     with _os_errors(out.model), _staging(out.model.parent) as stage:
         copy_files(stage)
+        companions = [_describe(path, COMPANION) for path in sorted(stage.iterdir())]
         _check_companions(stage, out.model.parent, force=force)
         staged = BundlePath(stage / out.model.name)
         _check_room(model, stage)
         _save(model, staged, on_weight)
-        manifest = dataclasses.replace(
-            manifest,
-            weights_file=staged.weights.name,
-            weights_bytes=staged.weights.stat().st_size,
-            verification=None,
+        manifest = Manifest(
+            exporter_version=importlib.metadata.version("echoatt"),
+            specification=specification,
+            graph_sha256=read_onnx_file(staged.model).graph_sha256,
+            files=(_describe(staged.weights, WEIGHTS), *companions),
         )
-        _stamp(staged.model, manifest)
-        check_file(staged.model, _checking_provider(manifest))
-        manifest = dataclasses.replace(manifest, verification=verify(staged.model))
-        _stamp(staged.model, manifest)
+        bare = staged.model.stat().st_size
+        _stamp(staged.model, bare, manifest)
+        check_file(staged.model, _checking_provider(specification))
+        verification = verify(Bundle.open(staged.model, verify=True))
+        manifest = dataclasses.replace(manifest, verification=verification)
+        _stamp(staged.model, bare, manifest)
         _publish(staged, out)
     return manifest
+
+
+def _describe(path: Path, role: str) -> BundleFile:
+    return BundleFile(
+        name=path.name, role=role, bytes=path.stat().st_size, sha256=file_sha256(path)
+    )
 
 
 def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -140,15 +158,16 @@ def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool
         CheckpointError: There is a tokenizer, and it cannot be loaded.
     """
     save_tokenizer(source, target, trust_remote_code=trust_remote_code)
-    copy_bundle_files(source, target, only=_CONFIG_FILES)
+    for name in _CONFIG_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
-def copy_bundle_files(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
-    """Copy what lies beside a model, all but models and weights, from one directory to another."""
-    for path in source.iterdir():
-        wanted = path.suffix in (".json", ".jinja", ".txt") if only is None else path.name in only
-        if wanted and path.is_file():
-            shutil.copyfile(path, target / path.name)
+def copy_companions(bundle: Bundle, target: Path) -> None:
+    """Copy what belongs beside a bundle's model to another directory."""
+    for file in bundle.manifest.companions:
+        if (path := bundle.companion(file.name)) is not None:
+            shutil.copyfile(path, target / file.name)
 
 
 def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], None]) -> None:
@@ -172,20 +191,26 @@ def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], N
     staged.weights.touch()
 
 
-def _checking_provider(manifest: Manifest) -> str | None:
+def _checking_provider(specification: Specification) -> str | None:
     """The execution provider that loads the written file for the check."""
-    available = onnxruntime.get_available_providers()
-    if manifest.device == "cuda" and PROVIDERS["cuda"] in available:
+    if specification.device == "cuda" and has_cuda():
         return PROVIDERS["cuda"]
     # The CPU provider has no bfloat16 MatMul
-    return None if manifest.dtype == "bf16" else PROVIDERS["cpu"]
+    return None if specification.dtype == "bf16" else PROVIDERS["cpu"]
 
 
-def _stamp(path: Path, manifest: Manifest) -> None:
-    """Write the manifest into a model file, whose weights stay where they are."""
-    proto = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(proto, {METADATA_KEY: manifest.to_json()})
-    onnx.save(proto, path)
+def _stamp(path: Path, bare: int, manifest: Manifest) -> None:
+    """Write the manifest behind what a model file has in its first `bare` bytes.
+
+    Fields of a protobuf message may come one after the other in any order, so nothing that is
+    there is written again.
+    """
+    entry = onnx.ModelProto()
+    onnx.helper.set_model_props(entry, {METADATA_KEY: manifest.to_json()})
+    with path.open("r+b") as file:
+        file.truncate(bare)
+        file.seek(bare)
+        file.write(entry.SerializeToString())
 
 
 def _check_room(model: ir.Model, stage: Path) -> None:

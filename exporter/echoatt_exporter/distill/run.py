@@ -39,7 +39,7 @@ from echoatt_exporter.share.checkpoint import (
 )
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.texts import load_tokenizer, read_texts, texts_digest
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import one_line
 
 

@@ -22,10 +22,10 @@ from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
 from echoatt_exporter.share.unfit_checkpoints import CONFIG
 from echoatt_exporter.texts import load_tokenizer
-from echoatt_runtime.cache.kv_cache import bucket_capacity
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.contract import MODEL_FILE
 from echoatt_runtime.errors import DamagedBundleError
-from echoatt_runtime.executor.session import MODEL_FILE, Session, open_session
-from echoatt_runtime.generate import iter_chunks, run_chunk
+from echoatt_runtime.executor import Executor, open_executor, run_texts
 from echoatt_runtime.text.tokenizer import TOKENIZER_FILE
 
 
@@ -132,36 +132,25 @@ class BundleModel:
     """A bundle, run by the runtime.
 
     Attributes:
-        session: The opened bundle.
+        executor: The opened bundle.
         tokenizer: The one beside it.
         vocab_size: Width of its logits.
         context_length: The most tokens that it was made for.
     """
 
-    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.session = session
+    def __init__(self, executor: Executor, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.executor = executor
         self.tokenizer = tokenizer
-        self.vocab_size = session.manifest.vocab_size
-        self.context_length = session.manifest.context_length
+        self.vocab_size = executor.specification.vocab_size
+        self.context_length = executor.specification.context_length
 
     def logits(self, batch: WindowBatch) -> Iterator[torch.Tensor]:
         """See `TextModel.logits`."""
-        session = self.session
-        # As in generation: a small cache that grows costs least, but on a device growing costs most
-        first = min(batch.chunk, batch.longest) if session.device == "cpu" else batch.longest
-        capacity = bucket_capacity(first, batch.longest)
-        cache = session.new_cache(len(batch.windows), capacity, batch.longest)
-        chunks = iter_chunks(batch.windows, batch.chunk)
-        for chunk, wanted in zip(chunks, batch.wanted(), strict=True):
-            indices_Bn = np.zeros((len(wanted), max(1, *map(len, wanted))), np.int64)
-            for row, positions in enumerate(wanted):
-                indices_Bn[row, : len(positions)] = positions
-                indices_Bn[row, : len(positions)] -= chunk.past_lengths[row]
-            logits_BnV = run_chunk(session, cache, chunk, indices_Bn)
-            rows = zip(logits_BnV, wanted, strict=True)
-            yield torch.from_numpy(
-                np.concatenate([logits_nV[: len(positions)] for logits_nV, positions in rows])
-            )
+        cache = self.executor.new_cache(
+            len(batch.windows), min(batch.chunk, batch.longest), batch.longest
+        )
+        for found in run_texts(self.executor, cache, batch.windows, batch.firsts, batch.chunk):
+            yield torch.from_numpy(np.concatenate([window.logits for window in found]))
 
 
 def open_model(
@@ -207,16 +196,16 @@ def open_model(
 def _open_bundle(
     path: Path, device: str, threads: int | None, trust_remote_code: bool
 ) -> BundleModel:
-    session = open_session(path, device, threads)
-    directory = session.path.parent
+    bundle = Bundle.open(path)
     # transformers would make an empty tokenizer of some families where there is none
-    if not (directory / TOKENIZER_FILE).is_file():
+    if bundle.companion(TOKENIZER_FILE) is None:
         raise DamagedBundleError(
-            f"{session.path} has no {TOKENIZER_FILE} beside it; text needs one: copy it there from"
-            " the checkpoint"
+            f"{bundle.model} has no {TOKENIZER_FILE}; text needs one: export it again from a"
+            " checkpoint that has one"
         )
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    return BundleModel(session, tokenizer)
+    executor = open_executor(bundle, device, threads)
+    tokenizer = load_tokenizer(bundle.model.parent, trust_remote_code=trust_remote_code)
+    return BundleModel(executor, tokenizer)
 
 
 def _torch_device(name: str) -> Any:

@@ -21,7 +21,7 @@ from echoatt_exporter.evaluate.divergence import next_token_divergence, same_top
 from echoatt_exporter.evaluate.models import TextModel, WindowBatch
 from echoatt_exporter.evaluate.score import TextComparison, TextScore
 from echoatt_exporter.texts import Text, encode_texts, leading_tokens
-from echoatt_runtime.generate import PREFILL_CHUNK
+from echoatt_runtime.executor import PREFILL_CHUNK
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements
 _LOGITS_AT_ONCE = 1 << 23

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from echoatt_exporter.errors import ContractError
 from echoatt_exporter.graph.branches import captured
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 
 

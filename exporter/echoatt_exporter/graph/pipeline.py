@@ -22,34 +22,33 @@ from echoatt_exporter.graph.lowering.cpu.split_decode import SplitDecode
 from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
 from echoatt_exporter.graph.lowering.gather_early import GatherEarly
 from echoatt_exporter.graph.lowering.pack_projections import PackProjections
-from echoatt_exporter.graph.lowering.quantize_weights import BITS, QuantizeWeights
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 from echoatt_exporter.graph.lowering.rotate_together import RotateTogether
 from echoatt_exporter.graph.lowering.share_tied_table import ShareTiedTable
 from echoatt_exporter.graph.run import PassStep
 from echoatt_exporter.graph.sharing.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.graph.sharing.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Specification
 
 # Constants of shapes and axes are this small; norms of real models are not, and stay apart.
 _CONSTANT_SIZE: Final = 16
 
 
-def export_pipeline(manifest: Manifest) -> list[PassStep]:
-    """The passes that turn a graph by the contract into the bundle that a manifest describes.
+def export_pipeline(specification: Specification) -> list[PassStep]:
+    """The passes that turn a graph by the contract into the bundle that is specified.
 
     The graph may come from a student, whose followers read their source's probabilities already, or
     from an unshared bundle: then the passes apply the plan to the graph. Passes that find their
     work done change nothing.
 
     Args:
-        manifest: The bundle's, with the plan that the result shall have. The graph's metadata must
-            hold it by then, for the last pass compares.
+        specification: What is to be built, with the plan that the result shall have.
 
     Returns:
         The passes, for `run_pipeline`.
     """
-    sources = manifest.sources
+    sources = specification.plan.sources
     steps = [
         PassStep(
             transform=JoinDecode(),
@@ -104,10 +103,11 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             why="after packing, of whose parts it makes one",
         ),
     ]
-    if manifest.dtype in BITS:
+    bits = specification.weight_dtype.bits
+    if bits is not None:
         steps.append(
             PassStep(
-                transform=QuantizeWeights(BITS[manifest.dtype]),
+                transform=QuantizeWeights(bits),
                 why="after packing, so that each packed weight is quantised once",
             )
         )
@@ -124,7 +124,7 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             why="after packing and fusing, so that it meets each product and norm in one form",
         )
     )
-    if manifest.device == "cpu":
+    if specification.device == "cpu":
         steps.append(
             PassStep(
                 transform=SplitDecode(),
@@ -149,7 +149,7 @@ def export_pipeline(manifest: Manifest) -> list[PassStep]:
             why="traces of source code and its paths do not belong in a bundle",
         ),
         PassStep(
-            transform=CheckContract(manifest),
+            transform=CheckContract(specification),
             why="last, on the graph as it will be written",
         ),
     ]

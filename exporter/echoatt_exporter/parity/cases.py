@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from echoatt_runtime.cache.kv_cache import BUCKET
-from echoatt_runtime.contract.manifest import Manifest
-from echoatt_runtime.executor.step_buffers import Integers
+from echoatt_runtime.cache import BUCKET
+from echoatt_runtime.contract import Specification
+from echoatt_runtime.executor import Integers
 from echoatt_runtime.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914
@@ -86,12 +86,12 @@ class Script:
 
 
 def write_script(
-    manifest: Manifest, tokenizer_dir: Path | None, max_context: int | None = None
+    specification: Specification, tokenizer_dir: Path | None, max_context: int | None = None
 ) -> Script:
     """Choose texts and cases for a model.
 
     Args:
-        manifest: The bundle's.
+        specification: The bundle's.
         tokenizer_dir: Where real prompts get their tokens; without a `tokenizer.json` there, the
             tokens of every text are random (and always the same).
         max_context: The most tokens of the long text; None is the model's context length.
@@ -99,7 +99,7 @@ def write_script(
     Raises:
         BundleError: The tokenizer's files are damaged.
     """
-    limit = manifest.context_length
+    limit = specification.context_length
     if max_context is not None:
         limit = min(limit, max_context)
     random = np.random.default_rng(_SEED)
@@ -107,14 +107,14 @@ def write_script(
     cases: list[Case] = []
 
     def tokens(count: int) -> Integers:
-        return random.integers(0, manifest.vocab_size, count, dtype=np.int64)
+        return random.integers(0, specification.vocab_size, count, dtype=np.int64)
 
     def add(text: Integers, greedy: int = 0, positions: Integers | None = None) -> int:
         kept = np.arange(len(text) + greedy) if positions is None else positions
         texts.append(TextRequest(text, greedy, kept))
         return len(texts) - 1
 
-    prompts = _real_prompts(tokenizer_dir, manifest.vocab_size, limit)
+    prompts = _real_prompts(tokenizer_dir, specification.vocab_size, limit)
 
     prefill = min(_PREFILL_TOKENS, limit)
     first = add(tokens(prefill))
@@ -139,7 +139,7 @@ def write_script(
     cases.append(ragged)
 
     if limit > prefill:
-        long = add(tokens(limit), positions=_long_positions(limit, manifest.sliding_window))
+        long = add(tokens(limit), positions=_long_positions(limit, specification.sliding_window))
         chunk = _LONG_CHUNK if limit > _LONG_CHUNK else limit // 3 + 1
         cases.append(Case(f"context of {limit} by {chunk}", (long,), _chunks(limit, chunk)))
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from pathlib import Path
 
-from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.compare import compare
 from echoatt_exporter.parity.reference import record_reference
 from echoatt_exporter.parity.report import ParityReport
 from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.trace.tracer import GRAPH_DTYPES
-from echoatt_runtime.contract.manifest import Manifest
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_exporter.trace.tracer import graph_dtype
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.contract import SharingPlan, Specification
 from echoatt_runtime.errors import PlanError
-from echoatt_runtime.executor.session import find_model, read_manifest
 
 
 def check_parity(
@@ -46,17 +44,15 @@ def check_parity(
         EchoAttError: They could not be compared: no such model or bundle, another plan, another
             shape.
     """
-    path = find_model(bundle)
-    manifest = read_manifest(path)
-    if plan is None:
-        plan = SharingPlan(manifest.sources, manifest.head_orders)
-    plan = SharingPlan.of(plan, manifest.num_layers)
-    if plan.sources != manifest.sources:
+    opened = Bundle.open(bundle)
+    path, specification, own = opened.model, opened.specification, opened.specification.plan
+    plan = own if plan is None else SharingPlan.of(plan, own.num_layers)
+    if plan.sources != own.sources:
         raise PlanError(
-            f"could not compare: {path} has the plan {list(manifest.sources)}, not"
+            f"could not compare: {path} has the plan {list(own.sources)}, not"
             f" {list(plan.sources)}; leave the plan out, or export with it"
         )
-    if manifest.head_orders and plan.head_orders != manifest.head_orders:
+    if own.head_orders and plan.head_orders != own.head_orders:
         raise PlanError(
             f"could not compare: {path} was exported with its followers' heads in another order"
             " than the plan's; leave the plan out, or export with it"
@@ -64,16 +60,16 @@ def check_parity(
     student = load_shared(
         model_dir,
         plan,
-        dtype=GRAPH_DTYPES[manifest.dtype],
+        dtype=graph_dtype(specification.dtype),
         trust_remote_code=trust_remote_code,
     )
-    _check_same_model(student, manifest, path)
+    _check_same_model(student, specification, path)
     reference = record_reference(
-        student, manifest, tokenizer_dir=Path(model_dir), max_context=max_context
+        student, specification, tokenizer_dir=Path(model_dir), max_context=max_context
     )
     del student
     gc.collect()
-    return compare(reference, path)
+    return compare(reference, opened)
 
 
 def assert_parity(
@@ -102,13 +98,14 @@ def assert_parity(
     ).raise_on_mismatch()
 
 
-def _check_same_model(student: EchoAttForCausalLM, manifest: Manifest, path: Path) -> None:
-    architecture = architecture_of(student.config.get_text_config())
+def _check_same_model(
+    student: EchoAttForCausalLM, specification: Specification, path: Path
+) -> None:
+    described = specification_fields(architecture_of(student.config.get_text_config()))
     differences = [
-        f"{field.name} {getattr(manifest, field.name)} instead of"
-        f" {getattr(architecture, field.name)}"
-        for field in dataclasses.fields(architecture)
-        if getattr(manifest, field.name) != getattr(architecture, field.name)
+        f"{name} {getattr(specification, name)} instead of {value}"
+        for name, value in described.items()
+        if getattr(specification, name) != value
     ]
     if differences:
         raise CheckpointError(

@@ -28,8 +28,9 @@ from echoatt_exporter.parity.report import (
     Tolerance,
     rounding_tolerance,
 )
-from echoatt_runtime.contract.manifest import Manifest
-from echoatt_runtime.executor.session import Session, read_manifest
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.contract import Specification
+from echoatt_runtime.executor import Executor
 
 _Doubles = npt.NDArray[np.float64]
 
@@ -37,12 +38,12 @@ _ROUNDED = ", rounded weights"
 
 # Everything that a comparison takes for granted; other fields may differ
 _SAME = (
-    "family", "sources", "layer_kinds", "sliding_window", "num_query_heads", "num_kv_heads",
-    "head_dim", "vocab_size", "dtype",
+    "family", "plan", "layer_kinds", "sliding_window", "query_heads", "kv_heads", "head_dims",
+    "vocab_size", "dtype",
 )  # fmt: skip
 
 
-def compare(reference: ReferenceRun, bundle_path: Path) -> ParityReport:
+def compare(reference: ReferenceRun, bundle: Bundle) -> ParityReport:
     """Run the bundle on every case that PyTorch ran.
 
     The bundle runs through the EchoAtt runtime on the device it was exported for, or on the CPU
@@ -51,33 +52,35 @@ def compare(reference: ReferenceRun, bundle_path: Path) -> ParityReport:
 
     Args:
         reference: PyTorch's side.
-        bundle_path: The model file.
+        bundle: The bundle.
 
     Raises:
         CheckpointError: The bundle was made from another kind of model, or with another plan.
         BundleError: The bundle is damaged.
         DeviceError: It cannot be run.
     """
-    manifest = read_manifest(bundle_path)
-    _check_same(reference.manifest, manifest, bundle_path)
-    device = choose_device(manifest, bundle_path)
-    tolerance = _tolerance(reference, manifest, device)
-    session = open_bundle(bundle_path, manifest, device)
-    plain = [_compare_case(session, case, reference.texts, tolerance) for case in reference.cases]
-    del session
-    rounded = _compare_rounded(reference, bundle_path, manifest, device)
+    specification = bundle.specification
+    _check_same(reference.specification, specification, bundle.model)
+    device = choose_device(specification)
+    tolerance = _tolerance(reference, specification, device)
+    executor = open_bundle(bundle, device)
+    plain = [_compare_case(executor, case, reference.texts, tolerance) for case in reference.cases]
+    del executor
+    rounded = _compare_rounded(reference, bundle, device)
     cases = (*plain, *rounded)
     layer: int | None = None
     divergence = ""
     if not all(case.passed for case in cases):
-        layer, divergence = _locate(reference, plain, rounded, bundle_path, manifest, device)
-    return ParityReport(describe(manifest, device), manifest.dtype, cases, layer, divergence)
+        layer, divergence = _locate(reference, plain, rounded, bundle, device)
+    return ParityReport(
+        describe(specification, device), specification.dtype, cases, layer, divergence
+    )
 
 
-def _tolerance(reference: ReferenceRun, manifest: Manifest, device: str) -> Tolerance:
+def _tolerance(reference: ReferenceRun, specification: Specification, device: str) -> Tolerance:
     if reference.rounded_case is None:
-        in_float32 = " computed in float32" if needs_float32(manifest, device) else ""
-        return TOLERANCES[manifest.dtype + in_float32]
+        in_float32 = " computed in float32" if needs_float32(specification, device) else ""
+        return TOLERANCES[specification.dtype + in_float32]
     statistics = Statistics(_spread(reference.rounded_case, reference.texts))
     for index in reference.rounded_case.texts:
         true, rounded = reference.texts[index], reference.rounded_texts[index]
@@ -85,10 +88,10 @@ def _tolerance(reference: ReferenceRun, manifest: Manifest, device: str) -> Tole
             true.positions, true.logits, rounded.logits, strict=True
         ):
             statistics.add(int(position), expected_V, found_V)
-    return rounding_tolerance(manifest.dtype, statistics.rms_error)
+    return rounding_tolerance(specification.dtype, statistics.rms_error)
 
 
-def _check_same(expected: Manifest, found: Manifest, path: Path) -> None:
+def _check_same(expected: Specification, found: Specification, path: Path) -> None:
     differences = [
         f"{name} {getattr(found, name)} instead of {getattr(expected, name)}"
         for name in _SAME
@@ -101,23 +104,21 @@ def _check_same(expected: Manifest, found: Manifest, path: Path) -> None:
         )
 
 
-def _compare_rounded(
-    reference: ReferenceRun, path: Path, manifest: Manifest, device: str
-) -> list[CaseReport]:
+def _compare_rounded(reference: ReferenceRun, bundle: Bundle, device: str) -> list[CaseReport]:
     """A case with rounded weights on both sides, where the only difference is the graph's."""
     case = reference.rounded_case
     if case is None:
         return []
-    session = open_bundle(path, manifest, device, exact=True)
+    executor = open_bundle(bundle, device, exact=True)
     tolerance = TOLERANCES["fp32"]
-    return [_compare_case(session, case, reference.rounded_texts, tolerance, _ROUNDED)]
+    return [_compare_case(executor, case, reference.rounded_texts, tolerance, _ROUNDED)]
 
 
 def _compare_case(
-    session: Session, case: Case, texts: Texts, tolerance: Tolerance, remark: str = ""
+    executor: Executor, case: Case, texts: Texts, tolerance: Tolerance, remark: str = ""
 ) -> CaseReport:
     statistics = Statistics(_spread(case, texts))
-    for row in feed(session, case, texts):
+    for row in feed(executor, case, texts):
         text = texts[row.text]
         statistics.add(int(text.positions[row.kept]), text.logits[row.kept], row.logits)
     return statistics.report(case.name + remark, tolerance)
@@ -201,8 +202,7 @@ def _locate(
     reference: ReferenceRun,
     plain: list[CaseReport],
     rounded: list[CaseReport],
-    path: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     device: str,
 ) -> tuple[int | None, str]:
     """Find the first layer whose attention output differs, in the case that failed worst."""
@@ -215,9 +215,9 @@ def _locate(
         reports, cases, texts = rounded, (reference.rounded_case,), reference.rounded_texts
     worst = max(range(len(reports)), key=lambda index: reports[index].severity)
     limit = reports[worst].tolerance.max_error
-    session = open_bundle(path, manifest, device, exact=bool(rounded), contexts=True)
-    largest = np.zeros(manifest.num_layers)
-    for row in feed(session, cases[worst], texts, contexts=True):
+    executor = open_bundle(bundle, device, exact=bool(rounded), contexts=True)
+    largest = np.zeros(bundle.specification.num_layers)
+    for row in feed(executor, cases[worst], texts, contexts=True):
         expected = texts[row.text].contexts[:, row.kept]
         difference = np.abs(np.stack(row.contexts) - expected).max(axis=1)
         # A NaN is larger than any limit

@@ -14,9 +14,7 @@ import numpy.typing as npt
 from echoatt_exporter.parity.cases import Case
 from echoatt_exporter.parity.instrumented import context_name
 from echoatt_exporter.parity.reference import Floats, ReferenceText
-from echoatt_runtime.cache.kv_cache import KVCache, bucket_capacity
-from echoatt_runtime.executor.session import Session
-from echoatt_runtime.generate import Chunk, run_chunk
+from echoatt_runtime.executor import Executor
 
 Texts = Sequence[ReferenceText] | Mapping[int, ReferenceText]
 
@@ -41,12 +39,12 @@ class BundleRow:
 
 
 def feed(
-    session: Session, case: Case, texts: Texts, *, contexts: bool = False
+    executor: Executor, case: Case, texts: Texts, *, contexts: bool = False
 ) -> Iterator[BundleRow]:
     """Run a case.
 
     Args:
-        session: The bundle, opened with `contexts` if they are asked for.
+        executor: The bundle, opened with `contexts` if they are asked for.
         case: What to run.
         texts: By index, what PyTorch computed.
         contexts: Give every layer's attention output too.
@@ -57,13 +55,12 @@ def feed(
     rows = [texts[index] for index in case.texts]
     random = np.random.default_rng(_PAD_SEED)
     past = np.zeros(len(rows), np.int64)
-    cache: KVCache | None = None
+    specification = executor.specification
+    cache = executor.new_cache(len(rows), max(case.steps[0]))
     for counts in case.steps:
         length = max(counts)
         # Pads are any tokens: what they write must never be seen
-        token_ids = random.integers(
-            0, session.manifest.vocab_size, (len(rows), length), dtype=np.int64
-        )
+        token_ids = random.integers(0, specification.vocab_size, (len(rows), length))
         wanted = []
         for row, (text, count) in enumerate(zip(rows, counts, strict=True)):
             token_ids[row, :count] = text.tokens[past[row] : past[row] + count]
@@ -73,14 +70,9 @@ def feed(
         indices = np.zeros((len(rows), max(1, *map(len, wanted))), np.int64)
         for row, kept in enumerate(wanted):
             indices[row, : len(kept)] = rows[row].positions[kept] - past[row]
-        if cache is None:
-            capacity = bucket_capacity(length, session.manifest.context_length)
-            cache = session.new_cache(len(rows), capacity)
-        if contexts:
-            _bind_contexts(session, cache)
-        chunk = Chunk(token_ids, past.copy(), np.array(counts, np.int64))
-        logits_BnV = run_chunk(session, cache, chunk, indices)
-        contexts_BSC = _read_contexts(session, cache) if contexts else []
+        cache.reserve(int(past.max()) + length, past.tolist())
+        logits_BnV = executor.run(cache, token_ids, past, indices)
+        contexts_BSC = _contexts(executor) if contexts else []
         for row, kept in enumerate(wanted):
             for number, index in enumerate(kept):
                 at = indices[row, number]
@@ -93,23 +85,14 @@ def feed(
         past += counts
 
 
-def _bind_contexts(session: Session, cache: KVCache) -> None:
-    """Ask for the extra outputs anew: their size changes from call to call."""
-    for layer in range(session.manifest.num_layers):
-        cache.binding.bind_output(context_name(layer), "cpu")
-
-
-def _read_contexts(session: Session, cache: KVCache) -> list[npt.NDArray[np.float32]]:
+def _contexts(executor: Executor) -> list[npt.NDArray[np.float32]]:
     """The extra outputs, by layer [B, S, H·D]."""
-    manifest = session.manifest
-    # Outputs come in the order in which they were first bound: caches, contexts, logits
-    first = len(manifest.present_names)
-    values = cache.binding.get_outputs()[first : first + manifest.num_layers]
-    group = manifest.num_query_heads // manifest.num_kv_heads
+    specification = executor.specification
     found = []
-    for value in values:
-        context = value.numpy().astype(np.float32)
+    for layer in range(specification.num_layers):
+        context = executor.extra[context_name(layer)].astype(np.float32)
         batch, kv_heads, queries, size = context.shape
+        group = specification.query_heads[layer] // kv_heads
         heads = context.reshape(batch, kv_heads * group, queries // group, size)
         found.append(heads.transpose(0, 2, 1, 3).reshape(batch, queries // group, -1))
     return found

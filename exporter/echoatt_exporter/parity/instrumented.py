@@ -8,62 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
 
 from echoatt_exporter.graph.attention import find_attention
-from echoatt_runtime.contract.manifest import Manifest
-from echoatt_runtime.errors import DamagedBundleError, DeviceError, one_line
-from echoatt_runtime.executor.session import Session, open_session
-from echoatt_runtime.ort import PROVIDERS
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.contract import DTYPES, Specification
+from echoatt_runtime.executor import Executor, executor_of, open_executor
+from echoatt_runtime.ort import PROVIDERS, SessionOptions, has_cuda, open_session
 
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_ERRORS_ONLY = 3
 # MatMulNBits' attribute: what it computes in
 _FLOAT32_ACCURACY = 1
 
 Change = Callable[[ir.Model], None]
 
 
-def choose_device(manifest: Manifest, path: Path) -> str:
+def choose_device(specification: Specification) -> str:
     """The device to verify a bundle on: its own, or the CPU where there is no GPU.
 
     Args:
-        manifest: The bundle's.
-        path: Its model file.
+        specification: The bundle's.
     """
-    if manifest.device != "cuda" or PROVIDERS["cuda"] not in (
-        onnxruntime.get_available_providers()
-    ):
-        return "cpu"
-    try:
-        open_session(path, "cuda")
-    except DeviceError:
-        return "cpu"
-    return "cuda"
+    return "cuda" if specification.device == "cuda" and has_cuda() else "cpu"
 
 
-def needs_float32(manifest: Manifest, device: str) -> bool:
+def needs_float32(specification: Specification, device: str) -> bool:
     """Whether the device has no kernels for the bundle's dtype, so that it computes in float32."""
-    return manifest.dtype == "bf16" and device == "cpu"
+    return specification.dtype == "bf16" and device == "cpu"
 
 
-def describe(manifest: Manifest, device: str) -> str:
+def describe(specification: Specification, device: str) -> str:
     """What runs the bundle, for the report."""
-    changed = ", computed in float32" if needs_float32(manifest, device) else ""
+    changed = ", computed in float32" if needs_float32(specification, device) else ""
     return PROVIDERS[device] + changed
 
 
 def open_bundle(
-    path: Path, manifest: Manifest, device: str, *, exact: bool = False, contexts: bool = False
-) -> Session:
+    bundle: Bundle, device: str, *, exact: bool = False, contexts: bool = False
+) -> Executor:
     """Open a bundle for a comparison.
 
     Args:
-        path: The model file.
-        manifest: What the file says of itself.
+        bundle: The bundle.
         device: `cpu` or `cuda`.
         exact: Multiply by quantised weights in float32 instead of rounding activations too.
         contexts: Give every layer's attention output out, see `context_name`.
@@ -72,37 +58,35 @@ def open_bundle(
         BundleError: The bundle is damaged.
         DeviceError: The device cannot run it.
     """
+    specification = bundle.specification
     changes: list[Change] = []
-    if needs_float32(manifest, device):
+    if needs_float32(specification, device):
         changes.append(_compute_in_float32)
-        manifest = dataclasses.replace(manifest, dtype="fp32")
-    if manifest.dtype == "fp16" and device == "cpu":
+        caches = tuple(
+            dataclasses.replace(cache, element_type=DTYPES["fp32"].compute.name)
+            for cache in specification.caches
+        )
+        specification = dataclasses.replace(specification, dtype="fp32", caches=caches)
+    if specification.dtype == "fp16" and device == "cpu":
         changes.append(_multiply_16_bit_weights_in_float32)
     if exact:
         changes.append(_multiply_in_float32)
     if contexts:
         changes.append(_give_contexts)
     if not changes:
-        return open_session(path, device)
-    model = ir.load(path)
+        return open_executor(bundle, device, foreign=True)
+    model = ir.load(bundle.model)
     for change in changes:
         change(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.enable_mem_pattern = False
-    # Optimisers would do the conversions below when the model is loaded, and keep the results
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
-    try:
-        ort_session = onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=[PROVIDERS[device]]
-        )
-    except Exception as error:
-        # ONNX Runtime raises many types, which share no base but Exception
-        raise DamagedBundleError(
-            f"ONNX Runtime cannot load {path} ({one_line(error)}); export it again"
-        ) from error
-    return Session(path, manifest, device, ort_session)
+    options = SessionOptions(
+        device=device,
+        # Optimisers would do the conversions below when the model is loaded, and keep the results
+        optimise=False,
+        weights_folder=bundle.model.parent,
+    )
+    session = open_session(ir.to_proto(model).SerializeToString(), options, str(bundle.model))
+    layers = range(specification.num_layers) if contexts else ()
+    return executor_of(session, specification, [context_name(layer) for layer in layers])
 
 
 def context_name(layer: int) -> str:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from echoatt_exporter.graph.lowering.quantize_weights import BITS
 from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
 from echoatt_exporter.parity.cases import Case, TextRequest, write_script
 from echoatt_exporter.share.modeling_echoatt import (
@@ -25,9 +24,9 @@ from echoatt_exporter.share.modeling_echoatt import (
     EchoAttForCausalLM,
     FollowerAttention,
 )
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import NumericalError
-from echoatt_runtime.executor.step_buffers import Integers
+from echoatt_runtime.executor import Integers
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,14 +56,14 @@ class ReferenceRun:
     """PyTorch's side of a comparison; the student is not needed any more.
 
     Attributes:
-        manifest: Of the bundle that it is for.
+        specification: Of the bundle that it is for.
         cases: What the bundle shall run.
         texts: What PyTorch computed.
         rounded_case: The case that a bundle with quantised weights repeats; None for others.
         rounded_texts: By text, what PyTorch computed from weights rounded as the bundle's are.
     """
 
-    manifest: Manifest
+    specification: Specification
     cases: tuple[Case, ...]
     texts: tuple[ReferenceText, ...]
     rounded_case: Case | None
@@ -73,7 +72,7 @@ class ReferenceRun:
 
 def record_reference(
     student: EchoAttForCausalLM,
-    manifest: Manifest,
+    specification: Specification,
     *,
     tokenizer_dir: Path | None,
     max_context: int | None = None,
@@ -86,7 +85,7 @@ def record_reference(
     Args:
         student: On the CPU and in evaluation mode, with weights in the bundle's dtype (float32 for
             int8 and int4). It is left as it was.
-        manifest: Of the bundle to compare with.
+        specification: Of the bundle to compare with.
         tokenizer_dir: A directory with a `tokenizer.json` for real prompts; without, all texts
             are random tokens.
         max_context: The most tokens of the long text; None goes up to the context length.
@@ -95,25 +94,25 @@ def record_reference(
         NumericalError: PyTorch itself computes NaN or infinities.
         BundleError: The tokenizer's files are damaged.
     """
-    script = write_script(manifest, tokenizer_dir, max_context)
+    script = write_script(specification, tokenizer_dir, max_context)
     with float32_arithmetic(student):
-        texts = tuple(_run_text(student, manifest, request) for request in script.texts)
-    bits = BITS.get(manifest.dtype)
+        texts = tuple(_run_text(student, specification, request) for request in script.texts)
+    bits = specification.weight_dtype.bits
     if bits is None:
-        return ReferenceRun(manifest, script.cases, texts, None, {})
+        return ReferenceRun(specification, script.cases, texts, None, {})
     rounded = script.rounded
     with quantised_weights(student, bits):
         found = _run_together(student, [script.texts[index] for index in rounded.texts])
     rounded_texts = dict(zip(rounded.texts, found, strict=True))
-    return ReferenceRun(manifest, script.cases, texts, rounded, rounded_texts)
+    return ReferenceRun(specification, script.cases, texts, rounded, rounded_texts)
 
 
 @torch.inference_mode()
 def _run_text(
-    student: EchoAttForCausalLM, manifest: Manifest, request: TextRequest
+    student: EchoAttForCausalLM, specification: Specification, request: TextRequest
 ) -> ReferenceText:
     total = len(request.tokens) + request.greedy
-    at_once = max(1, _PROBABILITIES_AT_ONCE // (total * manifest.num_query_heads))
+    at_once = max(1, _PROBABILITIES_AT_ONCE // (total * max(specification.query_heads)))
     tokens = torch.from_numpy(request.tokens)[None]
     logits: list[torch.Tensor] = []
     contexts: list[torch.Tensor] = []
@@ -146,8 +145,8 @@ def _run_text(
     )
     if not np.isfinite(text.logits).all():
         raise NumericalError(
-            f"{manifest.source_checkpoint.name}: PyTorch itself computes logits that are NaN or"
-            " infinite, so there is nothing to compare with; see whether its weights are whole"
+            f"{specification.source_checkpoint.name}: PyTorch itself computes logits that are NaN"
+            " or infinite, so there is nothing to compare with; see whether its weights are whole"
         )
     return text
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from echoatt_exporter.errors import ParityError
-from echoatt_runtime.contract.manifest import Verification
+from echoatt_runtime.contract import Verification
 
 
 @dataclass(frozen=True, slots=True)

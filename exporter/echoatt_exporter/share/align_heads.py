@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.share.modeling_echoatt import FAMILIES
-from echoatt_runtime.contract.plan import head_order_fault
+from echoatt_runtime.contract import head_order_fault
 from echoatt_runtime.errors import PlanError
 
 

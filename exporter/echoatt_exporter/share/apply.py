@@ -13,7 +13,7 @@ from echoatt_exporter.share.modeling_echoatt import (
     EchoAttForCausalLM,
     drop_queries_and_keys,
 )
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 
 
 def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCausalLM:

@@ -49,7 +49,7 @@ from echoatt_exporter.share.weight_files import (
     stored_tensors,
     weight_files,
 )
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 
 __all__ = [

@@ -13,7 +13,7 @@ from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.layer_kinds import LayerKinds, layers_of
 from echoatt_exporter.trace.markers import MarkedAttention, marked_layers
 from echoatt_exporter.trace.scatter_cache import ScatterCache
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Specification
 
 _LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 
@@ -26,11 +26,13 @@ class DecoderGraph(nn.Module):
     layers.
     """
 
-    def __init__(self, student: EchoAttForCausalLM, manifest: Manifest, kinds: LayerKinds) -> None:
+    def __init__(
+        self, student: EchoAttForCausalLM, specification: Specification, kinds: LayerKinds
+    ) -> None:
         """Wrap a student whose decoder runs the templates of `kinds` only."""
         super().__init__()
         self.decoder = student.decoder
-        self._manifest = manifest
+        self._specification = specification
         self._kinds = kinds
 
     def forward(
@@ -54,7 +56,10 @@ class DecoderGraph(nn.Module):
         """
         by_layer = iter(past)
         caches = {
-            layer: (None if self._manifest.is_follower(layer) else next(by_layer), next(by_layer))
+            layer: (
+                None if self._specification.plan.is_follower(layer) else next(by_layer),
+                next(by_layer),
+            )
             for layer in self._kinds.templates
         }
         cache = ScatterCache(caches, past_lengths)
@@ -81,15 +86,17 @@ class DecoderGraph(nn.Module):
 
     def _masks(self, positions: torch.Tensor, capacity: int) -> Any:
         """Additive masks [B, 1, S, T]; a tensor, or by layer type for families that mix kinds."""
-        kinds = sorted(set(self._manifest.layer_kinds))
+        kinds = sorted(set(self._specification.layer_kinds))
         slots = torch.arange(capacity)[None, None]
         causal = slots <= positions[:, :, None]
         masks: dict[str, torch.Tensor] = {}
         for kind in kinds:
             visible = causal
             if kind == "sliding":
-                assert self._manifest.sliding_window is not None  # noqa: S101 - it has the kind
-                visible = causal & (slots > positions[:, :, None] - self._manifest.sliding_window)
+                assert self._specification.sliding_window is not None  # noqa: S101 - it has the kind
+                visible = causal & (
+                    slots > positions[:, :, None] - self._specification.sliding_window
+                )
             hidden = torch.finfo(self.decoder.dtype).min
             mask = torch.where(visible, 0.0, hidden).to(self.decoder.dtype)
             masks[_LAYER_TYPES[kind]] = mask[:, None]

@@ -13,7 +13,7 @@ from torch import nn
 from echoatt_exporter.graph.copy_nodes import copy_nodes
 from echoatt_exporter.trace.layer_kinds import LayerKinds
 from echoatt_exporter.trace.markers import DOMAIN, LAYER_INPUT, LAYER_OUTPUT, PROBABILITIES
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Specification
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,17 @@ class _Template:
 
 
 def lay_out_layers(
-    model: ir.Model, manifest: Manifest, kinds: LayerKinds, layers: nn.ModuleList, prefix: str
+    model: ir.Model,
+    specification: Specification,
+    kinds: LayerKinds,
+    layers: nn.ModuleList,
+    prefix: str,
 ) -> None:
     """Replace the traced templates by a copy of each layer's own, in place.
 
     Args:
         model: The trace of the templates, with markers, inputs and outputs named by layer.
-        manifest: The bundle's; it says what inputs and outputs there shall be.
+        specification: What is to be built; it says what inputs and outputs there shall be.
         kinds: Which template each layer is a copy of.
         layers: All the decoder's layers, for their weights.
         prefix: What the templates' initializers begin with, up to their position in the trace.
@@ -78,7 +82,7 @@ def lay_out_layers(
         template = templates[kinds.template_of[layer]]
         substitutes: dict[ir.Value, ir.Value | None] = {template.hidden_in: hidden}
         if template.borrowed is not None:
-            substitutes[template.borrowed] = lent[manifest.sources[layer]]
+            substitutes[template.borrowed] = lent[specification.plan.sources[layer]]
         for name, (past, _) in template.caches.items():
             full_name = f"past_key_values.{layer}.{name}"
             # A template's own inputs stay: batch and capacity are read off one of them
@@ -111,8 +115,8 @@ def lay_out_layers(
     assert hidden is not None  # noqa: S101 - there is at least one layer
     ir.convenience.replace_all_uses_with(after, hidden)
     graph.extend(new_nodes)
-    graph.inputs[:] = [inputs[name] for name in manifest.input_names]
-    graph.outputs[:] = [outputs[name] for name in manifest.output_names]
+    graph.inputs[:] = [inputs[name] for name in specification.input_names]
+    graph.outputs[:] = [outputs[name] for name in specification.output_names]
     RemoveUnusedNodesPass()(model)
     graph.sort()
     graph.opset_imports.pop(DOMAIN, None)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
-from echoatt_runtime.contract.manifest import Manifest
+from echoatt_runtime.contract import Specification
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def find_layer_kinds(student: EchoAttForCausalLM, manifest: Manifest) -> LayerKinds:
+def find_layer_kinds(student: EchoAttForCausalLM, specification: Specification) -> LayerKinds:
     """Group a student's layers.
 
     Two layers are of one kind if their modules have the same structure, settings and shapes, if
     they have the same attention kind, and if they play the same part in the sharing plan.
     """
-    sources = manifest.sources
+    sources = specification.plan.sources
     lending = {source for layer, source in enumerate(sources) if layer != source}
     first: dict[Hashable, int] = {}
     template_of: list[int] = []
@@ -52,7 +52,7 @@ def find_layer_kinds(student: EchoAttForCausalLM, manifest: Manifest) -> LayerKi
         source = sources[index]
         kind = (
             _structure(layer),
-            manifest.layer_kinds[index],
+            specification.layer_kinds[index],
             index in lending,
             None if source == index else template_of[source],
         )

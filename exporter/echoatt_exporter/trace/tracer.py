@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -18,36 +18,37 @@ from echoatt_exporter.trace.lay_out import lay_out_layers
 from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
-from echoatt_runtime.contract.manifest import (
+from echoatt_runtime.contract import (
+    DTYPES,
     INPUT_IDS,
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
-    Manifest,
-    capacity_axis,
+    CacheSpec,
+    Specification,
 )
 
-# By a bundle's dtype, what its weights are rounded to before they are traced. Block quantisation
-# comes later, and starts from float32.
-GRAPH_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.float32,
-    "int4": torch.float32,
-}
+
+def graph_dtype(dtype: str) -> torch.dtype:
+    """What a bundle's weights are rounded to before they are traced.
+
+    Block quantisation comes later, and starts from float32.
+    """
+    found: torch.dtype = getattr(torch, DTYPES[dtype].compute.name)
+    return found
+
 
 # Sizes of the example that is traced. No two may be equal: torch gives equal sizes one symbol.
 _EXAMPLE = {"batch": 2, "seq": 3, "n": 5, "capacity": 16}
 
-_AXES = {
+_AXES: Mapping[str, tuple[str | int, ...]] = {
     INPUT_IDS: ("batch", "seq"),
     PAST_LENGTHS: ("batch",),
     LOGITS_INDICES: ("batch", "n"),
 }
 
 
-def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
+def trace_student(student: EchoAttForCausalLM, specification: Specification) -> ir.Model:
     """Trace a student into a graph with the contract's inputs and outputs.
 
     torch takes seconds for a layer, because it reasons about every symbolic size. Layers that
@@ -58,47 +59,41 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
 
     Args:
         student: In evaluation mode, on the CPU, in the dtype that the graph shall have.
-        manifest: The bundle's; it names inputs and outputs and says what the layers are.
+        specification: What is to be built; it names inputs and outputs and says what the layers
+            are.
 
     Returns:
         The graph by the contract, before any pass of ours.
     """
-    kinds = find_layer_kinds(student, manifest)
+    kinds = find_layer_kinds(student, specification)
     decoder = student.decoder
     layers = layers_of(decoder)
-    cache_names = [
-        name for name in manifest.cache_names if int(name.partition(".")[0]) in kinds.templates
-    ]
+    caches = [cache for cache in specification.caches if cache.layer in kinds.templates]
     with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
-        model = _trace(DecoderGraph(student, manifest, kinds), manifest, cache_names, student.dtype)
-    _name_dimensions(model, manifest)
-    prefix = f"decoder.{FAMILIES[manifest.family].layers}."
-    lay_out_layers(model, manifest, kinds, layers, prefix)
+        model = _trace(DecoderGraph(student, specification, kinds), caches, student.dtype)
+    _name_dimensions(model, specification)
+    prefix = f"decoder.{FAMILIES[specification.family].layers}."
+    lay_out_layers(model, specification, kinds, layers, prefix)
     simplify(model)
     return model
 
 
-def _trace(
-    module: DecoderGraph, manifest: Manifest, cache_names: list[str], dtype: torch.dtype
-) -> ir.Model:
+def _trace(module: DecoderGraph, caches: Sequence[CacheSpec], dtype: torch.dtype) -> ir.Model:
     """Run torch's exporter on a module with the contract's inputs and some of its caches."""
     sizes = _EXAMPLE
-    shapes = [
-        (sizes["batch"], *manifest.cache_dims(name, sizes["capacity"])) for name in cache_names
-    ]
-    caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    shapes = [cache.shape(sizes["batch"], sizes["capacity"]) for cache in caches]
     example = (
         torch.zeros((sizes["batch"], sizes["seq"]), dtype=torch.int64),
         torch.tensor([4, 2]),
         torch.zeros((sizes["batch"], sizes["n"]), dtype=torch.int64),
-        caches,
+        [torch.zeros(shape, dtype=dtype) for shape in shapes],
     )
     batch, seq, n, capacity = (torch.export.Dim(name) for name in sizes)
     dynamic_shapes = (
         {0: batch, 1: seq},
         {0: batch},
         {0: batch, 1: n},
-        [{0: batch, capacity_axis(name): capacity} for name in cache_names],
+        [{0: batch, cache.capacity_axis: capacity} for cache in caches],
     )
     program = torch.onnx.export(
         module.eval(),
@@ -108,25 +103,25 @@ def _trace(
         opset_version=OPSET_VERSION,
         dynamic_shapes=dynamic_shapes,
         input_names=[
-            INPUT_IDS, PAST_LENGTHS, LOGITS_INDICES, *(f"past_key_values.{c}" for c in cache_names)
+            INPUT_IDS, PAST_LENGTHS, LOGITS_INDICES, *(cache.past_name for cache in caches)
         ],
-        output_names=[LOGITS, *(f"present.{c}" for c in cache_names)],
+        output_names=[LOGITS, *(cache.present_name for cache in caches)],
         verbose=False,
     )  # fmt: skip
     assert program is not None  # noqa: S101 - so it is with dynamo=True
     return program.model
 
 
-def _name_dimensions(model: ir.Model, manifest: Manifest) -> None:
+def _name_dimensions(model: ir.Model, specification: Specification) -> None:
     """Give the symbolic dimensions the contract's names instead of the tracer's."""
     graph = model.graph
     names: dict[str, str] = {}
+    axes = dict(_AXES)
+    axes |= {cache.past_name: cache.axes for cache in specification.caches}
     for value in graph.inputs:
         assert value.name is not None  # noqa: S101 - torch names every input
         assert value.shape is not None  # noqa: S101 - and knows its shape
-        cache = ("batch", *manifest.cache_dims(value.name, "capacity"))
-        axes = _AXES.get(value.name, cache)
-        for dimension, name in zip(value.shape, axes, strict=True):
+        for dimension, name in zip(value.shape, axes[value.name], strict=True):
             if isinstance(name, str):
                 names[str(dimension)] = name
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")

@@ -1,23 +1,51 @@
-"""Reads `metadata_props` out of an ONNX file, without onnx and without opening a session.
+"""Reads what is to be known of an ONNX file before a session is opened, without onnx.
 
-A session would do it too, but only after it has mapped and optimised all the weights, and it
-fails in its own words when the weight file is missing. Reading the few bytes first lets every
-fault of a bundle be told before any work is done.
+A session would only tell after it has mapped and optimised all the weights, fails in its own words
+when the weight file is missing, and follows the file's own paths to weights. Reading the few bytes
+first lets every fault of a bundle be told before any work is done.
 """
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from echoatt_runtime.errors import DamagedBundleError
 
-# Field numbers of ModelProto and StringStringEntryProto in onnx.proto3.
+# Field numbers of onnx.proto3
 _MODEL_GRAPH: Final = 7
 _MODEL_METADATA: Final = 14
+_MODEL_FUNCTIONS: Final = 25
 _ENTRY_KEY: Final = 1
 _ENTRY_VALUE: Final = 2
+_TENSOR_DIMS: Final = 1
+_TENSOR_TYPE: Final = 2
+_TENSOR_NAME: Final = 8
+_TENSOR_EXTERNAL: Final = 13
+_TENSOR_LOCATION: Final = 14
+# Where a message holds tensors, or messages that do: of a graph its nodes, initializers and sparse
+# initializers; of a node its attributes; of an attribute its tensors, graphs and sparse tensors; of
+# a sparse tensor its values and indices; of a function its nodes.
+_PATHS: Final = {
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {
+        5: "tensor",
+        6: "graph",
+        10: "tensor",
+        11: "graph",
+        22: "sparse",
+        23: "sparse",
+    },
+    "sparse": {1: "tensor", 2: "tensor"},
+    "function": {7: "node", 11: "attribute"},
+}
+# Deeper than any graph of ours; each level is a branch inside a branch
+_DEEPEST: Final = 64
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -26,72 +54,186 @@ class _WireError(Exception):
     """The bytes are not a protobuf message."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExternalTensor:
+    """A tensor whose elements are in another file.
+
+    Attributes:
+        name: Of the tensor.
+        element_type: ONNX's number of it.
+        dims: Its dimensions.
+        location: The file, as the model names it.
+        offset: Where in the file it begins.
+        length: Bytes; None if the model does not say.
+    """
+
+    name: str
+    element_type: int
+    dims: tuple[int, ...]
+    location: str
+    offset: int
+    length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """What is read of a model file.
+
+    Attributes:
+        metadata: Its `metadata_props`.
+        external: Every tensor in it whose elements are elsewhere.
+        graph_sha256: Hash of its graph's bytes.
+    """
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    external: tuple[ExternalTensor, ...] = ()
+    graph_sha256: str = ""
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of the ONNX model at `path`.
+    """Read the metadata of the ONNX model at `path`, and nothing else.
 
     Raises:
         DamagedBundleError: The file is no ONNX model, or is cut short.
     """
+    return _read(path, whole=False).metadata
+
+
+def read_onnx_file(path: Path) -> OnnxFile:
+    """Read metadata, external tensors and the graph's hash of the ONNX model at `path`.
+
+    Raises:
+        DamagedBundleError: The file is no ONNX model, or is cut short.
+    """
+    return _read(path, whole=True)
+
+
+def _read(path: Path, *, whole: bool) -> OnnxFile:
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            metadata, has_graph = {}, False
-            for number, start, length in _fields(file, 0, size):
-                has_graph = has_graph or number == _MODEL_GRAPH
-                if number == _MODEL_METADATA:
-                    key, value = _read_entry(file, start, length)
-                    metadata[key] = value
-                file.seek(start + length)
-    except (_WireError, UnicodeDecodeError) as error:
+            if not path.stat().st_size:
+                raise _WireError
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parse(data, whole=whole)
+    except (_WireError, UnicodeDecodeError, ValueError) as error:
         raise DamagedBundleError(
             f"{path} is not an ONNX model, or is cut short; copy or export it again"
         ) from error
-    if not has_graph:
-        raise DamagedBundleError(f"{path} holds no ONNX graph; copy or export it again")
-    return metadata
+    except OSError as error:
+        raise DamagedBundleError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _read_entry(file: BinaryIO, start: int, length: int) -> tuple[str, str]:
+def _parse(data: mmap.mmap, *, whole: bool) -> OnnxFile:
+    metadata: dict[str, str] = {}
+    external: list[ExternalTensor] = []
+    digest = hashlib.sha256()
+    graphs = 0
+    for number, start, end in _fields(data, 0, len(data)):
+        if number == _MODEL_METADATA:
+            key, value = _entry(data, start, end)
+            if key in metadata:
+                raise _WireError
+            metadata[key] = value
+        elif number == _MODEL_GRAPH:
+            graphs += 1
+            if whole:
+                digest.update(data[start:end])
+                external += _external(data, "graph", start, end, 0)
+        elif number == _MODEL_FUNCTIONS and whole:
+            external += _external(data, "function", start, end, 0)
+    # A second graph would be merged into the first, and hashed apart from it
+    if graphs != 1:
+        raise _WireError
+    return OnnxFile(metadata, tuple(external), digest.hexdigest())
+
+
+def _external(
+    data: mmap.mmap, kind: str, start: int, end: int, depth: int
+) -> Iterator[ExternalTensor]:
+    """Every external tensor below a message."""
+    if depth > _DEEPEST:
+        raise _WireError
+    if kind == "tensor":
+        yield from _tensor(data, start, end)
+        return
+    inside = _PATHS[kind]
+    for number, begin, stop in _fields(data, start, end):
+        if number in inside:
+            yield from _external(data, inside[number], begin, stop, depth + 1)
+
+
+def _tensor(data: mmap.mmap, start: int, end: int) -> Iterator[ExternalTensor]:
+    entries: dict[str, str] = {}
+    dims: list[int] = []
+    name, element_type, is_external = "", 0, False
+    for number, begin, stop in _fields(data, start, end):
+        if number == _TENSOR_EXTERNAL:
+            key, value = _entry(data, begin, stop)
+            entries[key] = value
+            is_external = True
+        elif number == _TENSOR_LOCATION:
+            is_external = is_external or _varint(data, begin, stop)[0] == 1
+        elif number == _TENSOR_TYPE:
+            element_type = _varint(data, begin, stop)[0]
+        elif number == _TENSOR_NAME:
+            name = data[begin:stop].decode()
+        elif number == _TENSOR_DIMS:
+            dims += _varints(data, begin, stop)
+    if is_external:
+        length = entries.get("length")
+        yield ExternalTensor(
+            name,
+            element_type,
+            tuple(dims),
+            entries.get("location", ""),
+            int(entries.get("offset", "0")),
+            None if length is None else int(length),
+        )
+
+
+def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
     texts = {_ENTRY_KEY: "", _ENTRY_VALUE: ""}
-    file.seek(start)
-    for number, text_start, text_length in _fields(file, start, start + length):
-        file.seek(text_start)
-        texts[number] = file.read(text_length).decode()
+    for number, begin, stop in _fields(data, start, end):
+        texts[number] = data[begin:stop].decode()
     return texts[_ENTRY_KEY], texts[_ENTRY_VALUE]
 
 
-def _fields(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (field number, start, length) of a message; the caller may move the file."""
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (field number, start, end) of a message's fields."""
     position = start
     while position < end:
-        file.seek(position)
-        tag = _read_varint(file)
+        tag, position = _varint(data, position, end)
         wire_type = tag & 7
         if wire_type == _VARINT:
-            value_start = file.tell()
-            _read_varint(file)
-            length = file.tell() - value_start
+            stop = _varint(data, position, end)[1]
         elif wire_type == _BYTES:
-            length = _read_varint(file)
-            value_start = file.tell()
+            length, position = _varint(data, position, end)
+            stop = position + length
         elif wire_type in (_FIXED32, _FIXED64):
-            length = 4 if wire_type == _FIXED32 else 8
-            value_start = file.tell()
+            stop = position + (4 if wire_type == _FIXED32 else 8)
         else:
             raise _WireError
-        position = value_start + length
-        if tag >> 3 == 0 or position > end:
+        if tag >> 3 == 0 or stop > end:
             raise _WireError
-        yield tag >> 3, value_start, length
+        yield tag >> 3, position, stop
+        position = stop
 
 
-def _read_varint(file: BinaryIO) -> int:
+def _varints(data: mmap.mmap, start: int, end: int) -> Iterator[int]:
+    """Numbers one after the other, packed or alone, signed as in int64."""
+    while start < end:
+        value, start = _varint(data, start, end)
+        yield value - 2**64 if value >= 2**63 else value
+
+
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
+        if position >= end:
             break
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
     raise _WireError

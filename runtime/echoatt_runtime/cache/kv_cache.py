@@ -1,194 +1,150 @@
-"""The key/value cache: buffers that the graph updates in place, and that grow in buckets.
+"""The key/value cache: slots of memory that a graph updates in place, and that grow and shrink.
 
-Every cache is one ONNX Runtime value, bound to the graph's input and to its output, so that
-TensorScatter writes the new tokens where they stay and a step copies nothing.
-
-Shapes: B batch, N key/value heads, T capacity in tokens, D head size.
+It knows nothing of ONNX Runtime: an executor binds the memory by its address. A slot holds a row's
+keys and values; rows at work take the first slots, because a graph reads one run of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from echoatt_runtime.contract.manifest import Manifest, capacity_axis
-from echoatt_runtime.errors import ContextOverflowError
-from echoatt_runtime.executor.step_buffers import StepBuffers
-from echoatt_runtime.ort import import_onnxruntime
+from echoatt_runtime.cache.capacity import bucket_capacity
+from echoatt_runtime.cache.memory import Memory
+from echoatt_runtime.contract import CacheSpec
 
-BUCKET: Final = 256
-# A values' row is as long as the capacity. Rows a multiple of 4 KB apart fall into the same few
-# sets of a CPU's cache: a layer's context took 471 us at 4,096 tokens and 373 at 4,112. Capacities
-# are multiples of this, a cache line, and never of a bucket.
-_LINE: Final = 16
-_LARGEST_STEP_FRACTION: Final = 16
-
-# ONNX element type numbers, and the numpy type that holds such an element on the host: numpy has
-# no bfloat16, and here its bits are only moved.
-_ONNX_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
-_HOST_TYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-
-HostArray = npt.NDArray[Any]
-
-
-def bucket_capacity(tokens: int, limit: int) -> int:
-    """The capacity to allocate for `tokens` tokens.
-
-    Steps are 256 tokens, because the graph reads a whole buffer at every step, and from 4,096
-    tokens a sixteenth, because growing copies a whole buffer; the last step ends at the limit.
-
-    Args:
-        tokens: That a row must have room for.
-        limit: Most tokens that a row will ever hold: the context, or less where that is known.
-
-    Raises:
-        ContextOverflowError: `tokens` is over the limit.
-    """
-    largest = _round_up(limit, _LINE)
-    largest += _LINE if largest % BUCKET == 0 else 0
-    if tokens > largest:
-        raise ContextOverflowError(
-            f"a cache of {tokens} tokens does not fit the limit of {limit}; shorten the prompt"
-        )
-    even = max(1, tokens - _LINE)
-    step = max(BUCKET, _round_up(even // _LARGEST_STEP_FRACTION, BUCKET))
-    return min(_round_up(even, step) + _LINE, largest)
-
-
-class HostBuffer:
-    """One cache in the host's memory; ONNX Runtime's value is the numpy array's own memory.
-
-    Attributes:
-        value: The `onnxruntime.OrtValue`.
-    """
-
-    def __init__(self, ort: Any, host: HostArray, onnx_type: int) -> None:
-        self._host = host
-        self.value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(host, onnx_type)
-
-    def to_host(self) -> HostArray:
-        """The live memory."""
-        return self._host
-
-
-class DeviceBuffer:
-    """One cache in a device's memory.
-
-    Attributes:
-        value: The `onnxruntime.OrtValue`.
-    """
-
-    def __init__(self, ort: Any, host: HostArray, onnx_type: int, device: str) -> None:
-        self._ort, self._onnx_type = ort, onnx_type
-        self._shape, self._host_type = host.shape, host.dtype
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type(host.shape, onnx_type, device, 0)
-        self.value.update_inplace(HostBuffer(ort, host, onnx_type).value)
-
-    def to_host(self) -> HostArray:
-        """A copy of the memory."""
-        host = np.empty(self._shape, self._host_type)
-        HostBuffer(self._ort, host, self._onnx_type).value.update_inplace(self.value)
-        return host
+# Smaller memory for the rows that are left is worth the copy from a quarter less on
+_SHRINK_NUMERATOR, _SHRINK_DENOMINATOR = 3, 4
 
 
 class KVCache:
-    """The caches of a batch, in the order of `Manifest.cache_names`.
+    """The caches of a number of slots, all of one capacity.
 
     Attributes:
-        batch: Rows.
-        capacity: Tokens that each row has room for.
-        limit: Most tokens that a row will ever hold, as in `bucket_capacity`.
-        binding: ONNX Runtime's IO binding in which the caches are bound.
-        step_buffers: What else is bound in it, where it stays so for the next decoding step.
+        specs: How each cache lies in memory.
+        slots: Rows that there is room for.
+        capacity: Tokens that each of them has room for.
+        limit: Most tokens that a row will ever hold: no capacity is larger than that needs.
+        layout: A number that changes when the memory moves.
     """
 
     def __init__(
-        self,
-        ort_session: Any,
-        manifest: Manifest,
-        device: str,
-        batch: int,
-        capacity: int,
-        limit: int,
+        self, specs: Sequence[CacheSpec], memory: Memory, slots: int, capacity: int, limit: int
     ) -> None:
-        self._manifest = manifest
-        self._device = device
-        self._ort = import_onnxruntime()
-        self.batch = batch
+        """Allocate the caches, all zeros.
+
+        Args:
+            specs: How each cache lies.
+            memory: Any memory of the device; new one is asked of it.
+            slots: Rows that there is room for. A CPU takes no memory for a slot before it is used.
+            capacity: Tokens that each has room for; `bucket_capacity` says what is sensible.
+            limit: Most tokens that a row will ever hold.
+
+        Raises:
+            OutOfMemoryError: There is no memory left.
+        """
+        self.specs = tuple(specs)
+        self.slots = slots
         self.capacity = capacity
         self.limit = limit
-        self.binding = ort_session.io_binding()
-        self.step_buffers: StepBuffers | None = None
-        self._names = list(zip(manifest.past_names, manifest.present_names, strict=True))
-        self._buffers = [self._allocate(self._zeros(past)) for past, _ in self._names]
-        for index in range(len(self._names)):
-            self._bind(index)
+        self.layout = 0
+        self._memories = [memory.new(slots * self._row_bytes(spec)) for spec in self.specs]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers take."""
-        return self.batch * self.capacity * self._manifest.cache_bytes_per_token
+        """Bytes that the buffers take when all slots are in use."""
+        return sum(memory.nbytes for memory in self._memories)
 
-    def reserve(self, tokens: int, valid: int) -> None:
-        """Make room for `tokens` tokens a row; does nothing where there is room.
+    def address(self, index: int, slot: int) -> int:
+        """Where a slot of the cache `specs[index]` begins, for the device."""
+        return self._memories[index].address + slot * self._row_bytes(self.specs[index])
+
+    def reserve(self, tokens: int, lengths: Sequence[int]) -> None:
+        """Make room for `tokens` tokens a row; do nothing where there is room.
 
         Args:
-            tokens: Tokens that a row must have room for.
-            valid: Tokens of the longest row, which are kept; what lies behind them is not.
+            tokens: That a row must have room for.
+            lengths: Of the first slots, the tokens that they hold and that are kept.
 
         Raises:
             ContextOverflowError: As in `bucket_capacity`.
+            OutOfMemoryError: There is no memory left.
         """
         if tokens > self.capacity:
-            capacity = bucket_capacity(tokens, self.limit)
-            self._rebuild(range(self.batch), capacity, valid)
+            self._move_to(bucket_capacity(tokens, self.limit), lengths)
 
-    def select(self, rows: Sequence[int], valid: int) -> None:
-        """Keep only `rows`, in that order, with the first `valid` tokens of each."""
-        self._rebuild(rows, self.capacity, valid)
+    def shrink(self, tokens: int, lengths: Sequence[int]) -> None:
+        """Give room back that rows which have left needed, where that is worth the copy.
 
-    def to_host(self) -> list[HostArray]:
-        """The buffers, keys [B, N, T, D] and values [B, N, D, T]; bfloat16 as its bits in uint16.
+        A graph reads the whole capacity at every step, so that a short row would pay for a long one
+        that is gone.
 
-        On the CPU they are the live memory, on other devices copies.
+        Args:
+            tokens: That a row must have room for.
+            lengths: As in `reserve`.
         """
-        return [buffer.to_host() for buffer in self._buffers]
+        capacity = bucket_capacity(tokens, self.limit)
+        if capacity * _SHRINK_DENOMINATOR <= self.capacity * _SHRINK_NUMERATOR:
+            self._move_to(capacity, lengths)
 
-    def _rebuild(self, rows: Sequence[int], capacity: int, valid: int) -> None:
-        self.batch, self.capacity = len(rows), capacity
-        # One buffer after another, so that at most one of them exists twice.
-        for index, buffer in enumerate(self._buffers):
-            name, _ = self._names[index]
-            old, new = buffer.to_host(), self._zeros(name)
-            # Views with the tokens in front of all but the rows
-            old_BTND, new_BTND = (
-                np.moveaxis(array, capacity_axis(name), 1) for array in (old, new)
+    def move(self, source: int, target: int, length: int) -> None:
+        """Move a row from one slot to another; the others stay where they are.
+
+        Args:
+            source: The slot that it leaves.
+            target: The slot that it goes to.
+            length: Tokens that it holds.
+        """
+        for spec, memory in zip(self.specs, self._memories, strict=True):
+            row = self._row_bytes(spec)
+            outer, inner = _around_capacity(spec)
+            pitch = self.capacity * inner
+            memory.copy_rows(
+                source * row, pitch, length * inner, memory, target * row, pitch, outer
             )
-            for new_row, old_row in enumerate(rows):
-                new_BTND[new_row, :valid] = old_BTND[old_row, :valid]
-            self._buffers[index] = self._allocate(new)
-            self._bind(index)
 
-    def _zeros(self, name: str) -> HostArray:
-        # Attention multiplies the masked tail by zero probabilities, and zero times NaN is NaN.
-        manifest = self._manifest
-        shape = (self.batch, *manifest.cache_dims(name, self.capacity))
-        return np.zeros(shape, _HOST_TYPES[manifest.cache_element_type])
+    def array(self, index: int) -> npt.NDArray[Any]:
+        """The cache `specs[index]` on the host, [slots, ...]: on a CPU the memory itself."""
+        spec = self.specs[index]
+        data = self._memories[index].read().view(spec.elements.host)
+        return data.reshape(spec.shape(self.slots, self.capacity))
 
-    def _allocate(self, host: HostArray) -> HostBuffer | DeviceBuffer:
-        onnx_type = _ONNX_TYPES[self._manifest.cache_element_type]
-        if self._device == "cpu":
-            return HostBuffer(self._ort, host, onnx_type)
-        return DeviceBuffer(self._ort, host, onnx_type, self._device)
+    def fill(self, index: int, values: npt.NDArray[Any]) -> None:
+        """Put `values` into the whole cache `specs[index]`; they have the shape of `array`."""
+        data = np.ascontiguousarray(values, self.specs[index].elements.host)
+        self._memories[index].write(0, data.reshape(-1).view(np.uint8))
 
-    def _bind(self, index: int) -> None:
-        past_name, present_name = self._names[index]
-        self.binding.bind_ortvalue_input(past_name, self._buffers[index].value)
-        self.binding.bind_ortvalue_output(present_name, self._buffers[index].value)
+    def _row_bytes(self, spec: CacheSpec) -> int:
+        return spec.bytes_per_token * self.capacity
+
+    def _move_to(self, capacity: int, lengths: Sequence[int]) -> None:
+        """Lay every slot out anew. One buffer after another: at most one of them exists twice."""
+        old_capacity, self.capacity = self.capacity, capacity
+        self.layout += 1
+        for index, spec in enumerate(self.specs):
+            outer, inner = _around_capacity(spec)
+            old = self._memories[index]
+            new = old.new(self.slots * self._row_bytes(spec))
+            for slot, length in enumerate(lengths):
+                old.copy_rows(
+                    slot * spec.bytes_per_token * old_capacity,
+                    old_capacity * inner,
+                    length * inner,
+                    new,
+                    slot * self._row_bytes(spec),
+                    capacity * inner,
+                    outer,
+                )
+            self._memories[index] = new
 
 
-def _round_up(tokens: int, step: int) -> int:
-    return -(-tokens // step) * step
+def _around_capacity(spec: CacheSpec) -> tuple[int, int]:
+    """Of a slot, the runs of tokens, and the bytes of a token in one of them."""
+    axis = spec.capacity_axis
+    before = math.prod(size for size in spec.axes[1:axis] if isinstance(size, int))
+    behind = math.prod(size for size in spec.axes[axis + 1 :] if isinstance(size, int))
+    return before, behind * spec.elements.bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echoatt_runtime.contract.records import join_faults
 from echoatt_runtime.errors import PlanError
 
 FORMAT = "echoatt-plan/1"
@@ -242,7 +243,7 @@ class SharingPlan:
             PlanError: Names every fault at once.
         """
         if found := self.faults(layer_kinds, query_heads, kv_heads):
-            raise PlanError(f"the sharing plan does not fit: {'; '.join(found)}")
+            raise PlanError(f"the sharing plan does not fit: {join_faults(found)}")
 
 
 def head_order_fault(

@@ -40,7 +40,7 @@ def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message]) -> str:
     if tokenizer.chat_template is None:
         raise ChatTemplateError(
             "the checkpoint has no chat template; pass the prompt as text, "
-            "or put a chat_template.jinja beside the model"
+            "or export the model again from a checkpoint that has one"
         )
     try:
         template = _environment().from_string(tokenizer.chat_template)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,15 +51,33 @@ class TextTokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> TextTokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a checkpoint.
 
         Raises:
-            DamagedBundleError: Tokenizer.json is missing, or a file cannot be read.
+            DamagedBundleError: tokenizer.json is missing, or a file cannot be read.
         """
-        path = directory / TOKENIZER_FILE
-        if not path.is_file():
+
+        def find(name: str) -> Path | None:
+            return directory / name if (directory / name).is_file() else None
+
+        return cls.from_files(find, directory)
+
+    @classmethod
+    def from_files(cls, find: Callable[[str], Path | None], directory: Path) -> TextTokenizer:
+        """Read the same files from wherever they are.
+
+        Args:
+            find: Gives the place of a file by its name; None where there is no such file.
+            directory: Where they should be, for messages.
+
+        Raises:
+            DamagedBundleError: As in `from_directory`.
+        """
+        path = find(TOKENIZER_FILE)
+        if path is None:
             raise DamagedBundleError(
-                f"there is no {TOKENIZER_FILE} in {directory}; copy it there from the checkpoint"
+                f"{directory} has no {TOKENIZER_FILE} of this model; export it again from a"
+                " checkpoint that has one"
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -71,11 +89,11 @@ class TextTokenizer:
         # `add_bos_token` in tokenizer_config.json. Padding and truncation are left from training.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        config = _read_config(directory / TOKENIZER_CONFIG_FILE)
+        config = _read_config(find(TOKENIZER_CONFIG_FILE))
         special_tokens = {
             name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name)))
         }
-        return cls(tokenizer, special_tokens, _read_chat_template(directory, config))
+        return cls(tokenizer, special_tokens, _read_chat_template(find(CHAT_TEMPLATE_FILE), config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without."""
@@ -99,18 +117,27 @@ def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for text, token in vocabulary.items() if _BYTE_TOKEN.fullmatch(text))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise DamagedBundleError(
-            f"{path} is not JSON ({error}); copy it again from the checkpoint"
+            f"{path} is not JSON ({one_line(error)}); copy it again from the checkpoint"
         ) from error
     if not isinstance(config, dict):
         raise DamagedBundleError(f"{path} is not a JSON object; copy it again from the checkpoint")
     return config
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedBundleError(
+            f"{path} cannot be read ({one_line(error)}); copy it again from the checkpoint"
+        ) from error
 
 
 def _token_text(token: object) -> str | None:
@@ -120,12 +147,15 @@ def _token_text(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _read_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    path = directory / CHAT_TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _read_chat_template(path: Path | None, config: dict[str, Any]) -> str | None:
+    if path is not None:
+        return _read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        }
         template = named.get("default")
     return template if isinstance(template, str) else None

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from echoatt_runtime import DamagedBundleError, ForeignModelError, NewerFormatError
-from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest, Verification
+from echoatt_runtime.contract import METADATA_KEY, Manifest, Verification
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 
 

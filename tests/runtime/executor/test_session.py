@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from echoatt_runtime.executor.session import open_session, read_manifest
 
 from echoatt_runtime import (
     BundleNotFoundError,
@@ -18,8 +19,7 @@ from echoatt_runtime import (
     OptionError,
 )
 from echoatt_runtime.bundle.onnx_file import read_metadata
-from echoatt_runtime.contract.manifest import METADATA_KEY
-from echoatt_runtime.executor.session import open_session, read_manifest
+from echoatt_runtime.contract import METADATA_KEY
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 40)
 

@@ -15,7 +15,7 @@ from echoatt_exporter.graph.matching import (
     remove_dead,
     replace,
 )
-from echoatt_runtime.contract.manifest import INPUT_IDS
+from echoatt_runtime.contract import INPUT_IDS
 
 
 class JoinDecode(RewritePass):

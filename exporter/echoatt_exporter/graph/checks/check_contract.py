@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
@@ -10,20 +9,16 @@ import onnx_ir as ir
 
 from echoatt_exporter.errors import ContractError
 from echoatt_exporter.graph.attention import find_attention
-from echoatt_runtime.contract.manifest import (
+from echoatt_runtime.contract import (
     INPUT_IDS,
     LOGITS,
     LOGITS_INDICES,
-    METADATA_KEY,
     PAST_LENGTHS,
-    Manifest,
-    capacity_axis,
+    Specification,
 )
-from echoatt_runtime.errors import EchoAttError
 
 OPSETS = {"": 24, "com.microsoft": 1}
 
-_CACHE_DIMS = ("batch", "capacity")
 # Fused projections keep their names when CutPackedWeights has cut them to the values, with a mark
 _FOLLOWER_WEIGHT = re.compile(
     r"layers\.(\d+)\..*?\b(?:q_proj|k_proj|q_norm|k_norm|(?:qkv_proj|query_key_value)(?!.*\.cut))\b"
@@ -31,7 +26,7 @@ _FOLLOWER_WEIGHT = re.compile(
 
 
 class CheckContract(ir.passes.InPlacePass):
-    """Checks a finished graph against its manifest and changes nothing.
+    """Checks a finished graph against its specification and changes nothing.
 
     It checks
 
@@ -41,16 +36,15 @@ class CheckContract(ir.passes.InPlacePass):
     3. followers: they have no key cache, and read the very value that their source computes;
     4. initializers: none that nothing reads, none named as a follower's query/key projection or
        norm;
-    5. operator sets: ai.onnx 24 and com.microsoft 1, no other, and no node of another domain;
-    6. metadata: the manifest is there and describes the same model.
+    5. operator sets: ai.onnx 24 and com.microsoft 1, no other, and no node of another domain.
 
     All faults are collected before one error is raised. What only the written file can show is
     `check_file`'s part.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        """Take the bundle's manifest."""
-        self._manifest = manifest
+    def __init__(self, specification: Specification) -> None:
+        """Take the bundle's specification."""
+        self._specification = specification
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Check the graph.
@@ -58,14 +52,13 @@ class CheckContract(ir.passes.InPlacePass):
         Raises:
             ContractError: It breaks the contract; the message lists every fault.
         """
-        manifest = self._manifest
+        specification = self._specification
         faults = [
-            *_interface_faults(model.graph, manifest),
-            *_cache_faults(model.graph, manifest),
-            *_follower_faults(model.graph, manifest),
-            *_initializer_faults(model.graph, manifest),
+            *_interface_faults(model.graph, specification),
+            *_cache_faults(model.graph, specification),
+            *_follower_faults(model.graph, specification),
+            *_initializer_faults(model.graph, specification),
             *_opset_faults(model),
-            *_metadata_faults(model, manifest),
         ]
         if faults:
             raise ContractError(
@@ -75,24 +68,23 @@ class CheckContract(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=False)
 
 
-def _interface_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
-    cache_type = ir.DataType[manifest.cache_element_type.replace("float32", "float").upper()]
-    batch, capacity = _CACHE_DIMS
-
-    def caches(names: Sequence[str]) -> dict[str, tuple[ir.DataType, tuple[str | int, ...]]]:
-        return {name: (cache_type, (batch, *manifest.cache_dims(name, capacity))) for name in names}
-
+def _interface_faults(graph: ir.Graph, specification: Specification) -> Iterator[str]:
+    caches = {
+        cache.name: (ir.DataType(cache.elements.onnx), cache.axes) for cache in specification.caches
+    }
     inputs = {
-        INPUT_IDS: (ir.DataType.INT64, (batch, "seq")),
-        PAST_LENGTHS: (ir.DataType.INT64, (batch,)),
-        LOGITS_INDICES: (ir.DataType.INT64, (batch, "n")),
-    } | caches(manifest.past_names)
-    outputs = {LOGITS: (ir.DataType.FLOAT, (batch, "n", manifest.vocab_size))} | caches(
-        manifest.present_names
-    )
+        INPUT_IDS: (ir.DataType.INT64, ("batch", "seq")),
+        PAST_LENGTHS: (ir.DataType.INT64, ("batch",)),
+        LOGITS_INDICES: (ir.DataType.INT64, ("batch", "n")),
+        **{f"past_key_values.{name}": value for name, value in caches.items()},
+    }
+    outputs = {
+        LOGITS: (ir.DataType.FLOAT, ("batch", "n", specification.vocab_size)),
+        **{f"present.{name}": value for name, value in caches.items()},
+    }
     for kind, values, expected, order in (
-        ("input", graph.inputs, inputs, manifest.input_names),
-        ("output", graph.outputs, outputs, manifest.output_names),
+        ("input", graph.inputs, inputs, specification.input_names),
+        ("output", graph.outputs, outputs, specification.output_names),
     ):
         names = [str(value.name) for value in values]
         yield from _name_faults(kind, names, order)
@@ -123,10 +115,11 @@ def _type_faults(
         yield f"{kind} {value.name} has shape {value.shape}, expected [{expected}]"
 
 
-def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+def _cache_faults(graph: ir.Graph, specification: Specification) -> Iterator[str]:
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
-    for past_name, present_name in zip(manifest.past_names, manifest.present_names, strict=True):
+    for cache in specification.caches:
+        past_name, present_name = cache.past_name, cache.present_name
         past, present = inputs.get(past_name), outputs.get(present_name)
         if past is None or present is None:
             continue
@@ -137,7 +130,7 @@ def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
         indices = scatter.inputs[2] if len(scatter.inputs) > 2 else None
         if indices is None or indices is not inputs.get(PAST_LENGTHS):
             yield f"{present_name} is not written at past_lengths"
-        axis = capacity_axis(present_name)
+        axis = cache.capacity_axis
         if scatter.attributes.get_int("axis", -2) not in (axis, axis - 4):
             yield f"{present_name} is not written along its capacity"
         if scatter.attributes.get_string("mode", "linear") != "linear":
@@ -148,8 +141,8 @@ def _cache_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
             yield f"{past_name} is read by {len(readers)} nodes, expected its TensorScatter alone"
 
 
-def _follower_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
-    for layer, source in enumerate(manifest.sources):
+def _follower_faults(graph: ir.Graph, specification: Specification) -> Iterator[str]:
+    for layer, source in enumerate(specification.plan.sources):
         try:
             attention = find_attention(graph, layer)
             expected = find_attention(graph, source).probabilities
@@ -160,13 +153,13 @@ def _follower_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
             yield f"layer {layer} does not read the probabilities of layer {source}"
 
 
-def _initializer_faults(graph: ir.Graph, manifest: Manifest) -> Iterator[str]:
+def _initializer_faults(graph: ir.Graph, specification: Specification) -> Iterator[str]:
     for name, value in graph.initializers.items():
         if not value.uses() and not value.is_graph_output():
             yield f"nothing reads the initializer {name}"
         for match in _FOLLOWER_WEIGHT.finditer(name):
             layer = int(match[1])
-            if layer < manifest.num_layers and manifest.is_follower(layer):
+            if layer < specification.num_layers and specification.plan.is_follower(layer):
                 yield f"{name} is a query or key weight of the follower layer {layer}"
 
 
@@ -184,23 +177,3 @@ def _opset_faults(model: ir.Model) -> Iterator[str]:
         yield f"nodes of the domain {domain} are used"
     if model.functions:
         yield f"{len(model.functions)} functions are left, expected none"
-
-
-def _metadata_faults(model: ir.Model, manifest: Manifest) -> Iterator[str]:
-    if METADATA_KEY not in model.metadata_props:
-        yield f"the metadata has no {METADATA_KEY}"
-        return
-    try:
-        stored = Manifest.from_metadata(model.metadata_props, "the graph")
-    except EchoAttError as error:
-        yield str(error).partition(";")[0]
-        return
-    # What is known only once the file is written and verified may still change
-    names = [
-        field.name
-        for field in dataclasses.fields(Manifest)
-        if field.name not in ("weights_bytes", "verification")
-        and getattr(stored, field.name) != getattr(manifest, field.name)
-    ]
-    if names:
-        yield f"the metadata's manifest differs in {', '.join(names)}"

@@ -25,7 +25,7 @@ from echoatt_exporter.graph.matching import (
     static_dim,
 )
 from echoatt_exporter.graph.weights import add_constant
-from echoatt_runtime.contract.manifest import LOGITS_INDICES
+from echoatt_runtime.contract import LOGITS_INDICES
 
 # The operands, by operator, that hold rows; the others are weights
 _PRODUCTS: Final = {("", "MatMul"): 1, ("com.microsoft", "MatMulNBits"): 1}

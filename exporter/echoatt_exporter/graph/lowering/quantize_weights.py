@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -33,8 +32,6 @@ from echoatt_exporter.quantise.block_quantizer import (
 _DOMAIN = "com.microsoft"
 _OPSET = 1
 
-# Of the dtypes that quantise weights
-BITS: Final[Mapping[str, Bits]] = {"int4": 4, "int8": 8}
 _ACTIVATION_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 

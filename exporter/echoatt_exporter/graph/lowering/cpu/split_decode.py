@@ -26,7 +26,7 @@ from echoatt_exporter.graph.matching import (
     static_dim,
 )
 from echoatt_exporter.graph.weights import add_constant
-from echoatt_runtime.contract.manifest import INPUT_IDS
+from echoatt_runtime.contract import INPUT_IDS
 
 _DOMAIN = "com.microsoft"
 _OPSET = 1

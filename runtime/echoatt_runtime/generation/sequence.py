@@ -1,0 +1,201 @@
+"""One request at work: its tokens, how the next is chosen, its text, its result or its error.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from echoatt_runtime.contract import Specification
+from echoatt_runtime.errors import ContextOverflowError, EchoAttError, NumericalError, PromptError
+from echoatt_runtime.executor import Logits
+from echoatt_runtime.results import FinishReason, GenerationResult, TextPiece, Timings
+from echoatt_runtime.sampling import Sampler, SamplingParams
+from echoatt_runtime.text import Detokenizer, StopMatcher, TextTokenizer
+
+
+class TokenSequence:
+    """A prompt and what is generated for it, alone or beside others.
+
+    Nothing in it is shared with another sequence, so that it gets what it would get alone. What
+    goes wrong in it ends it, and nobody else.
+
+    Attributes:
+        params: How tokens are chosen and when it stops.
+        prompt_tokens: Tokens of the prompt.
+        length: Tokens of prompt and answer so far.
+        limit: Most tokens that it will ever have.
+        result: The whole answer, once it has finished.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        specification: Specification,
+        tokenizer: TextTokenizer | None,
+        name: str = "the prompt",
+    ) -> None:
+        """Take a prompt.
+
+        Args:
+            prompt: Its tokens.
+            params: How to choose tokens and when to stop.
+            specification: Of the model.
+            tokenizer: What makes text of tokens; None makes none.
+            name: What to call the prompt in an error.
+
+        Raises:
+            PromptError: The prompt is empty or has tokens outside the vocabulary.
+            ContextOverflowError: It leaves no room for a new token.
+        """
+        check_token_ids(prompt, specification.vocab_size, name)
+        if len(prompt) >= specification.context_length:
+            raise ContextOverflowError(
+                f"{name} has {len(prompt)} tokens and the context holds"
+                f" {specification.context_length} with at least one new token; shorten the prompt"
+            )
+        self.params = params
+        self.prompt_tokens = self.length = len(prompt)
+        self.limit = min(len(prompt) + params.max_new_tokens, specification.context_length)
+        self.result: GenerationResult | None = None
+        self._tokens = np.empty(self.limit, np.int64)
+        self._tokens[: self.length] = prompt
+        end_tokens = () if params.ignore_eos else specification.eos_token_ids
+        self._end_tokens = frozenset((*end_tokens, *params.stop_token_ids))
+        self._sampler = Sampler(params)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt)
+        self._matcher = StopMatcher(params.stop)
+        self._pieces: list[str] = []
+        self._given = self.length
+        self._start = self._first = time.perf_counter()
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int64]:
+        """Tokens of prompt and answer so far; a view."""
+        return self._tokens[: self.length]
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, which no cache holds yet."""
+        return int(self._tokens[self.length - 1])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its result."""
+        return self.result is not None
+
+    def take_logits(self, logits_V: Logits) -> TextPiece | None:
+        """Choose the next token from its logits.
+
+        Returns:
+            What there is to show, or None.
+        """
+        try:
+            token = self._sampler(logits_V, self.token_ids)
+        except EchoAttError as error:
+            return self.fail(error)
+        return self._add(token)
+
+    def take_choice(self, token_id: int, finite: bool) -> TextPiece | None:
+        """Take the most probable token, where `params.is_greedy` asks for no other.
+
+        Args:
+            token_id: The token.
+            finite: Whether its logit is a number.
+        """
+        if not finite:
+            return self.fail(NumericalError(_not_finite(self.length)))
+        return self._add(token_id)
+
+    def fail(self, error: EchoAttError) -> TextPiece:
+        """End it with an error; what it has so far is its result."""
+        return self._give(self._matcher.finish(), "error", time.perf_counter(), error)
+
+    def _add(self, token: int) -> TextPiece | None:
+        now = time.perf_counter()
+        if self.length == self.prompt_tokens:
+            self._first = now
+        self._tokens[self.length] = token
+        self.length += 1
+        reason: FinishReason | None = None
+        if token in self._end_tokens:
+            reason = "stop"
+        elif self.length == self.limit:
+            reason = "length"
+        text = ""
+        if self._detokenizer is not None:
+            # An end token is no text, even one that the tokenizer does not call special.
+            text = "" if reason == "stop" else self._detokenizer.add(token)
+            if reason is not None:
+                text += self._detokenizer.finish()
+        text = self._matcher.add(text)
+        if self._matcher.found:
+            reason = "stop"
+        elif reason is not None:
+            text += self._matcher.finish()
+        if reason is None and (not text and self._detokenizer is not None):
+            return None
+        return self._give(text, reason, now)
+
+    def _give(
+        self,
+        text: str,
+        reason: FinishReason | None,
+        now: float,
+        error: EchoAttError | None = None,
+    ) -> TextPiece:
+        self._pieces.append(text)
+        token_ids = tuple(self._tokens[self._given : self.length].tolist())
+        self._given = self.length
+        if reason is not None:
+            self.result = self._finish(reason, now, error)
+        return TextPiece(text=text, token_ids=token_ids, finish_reason=reason, result=self.result)
+
+    def _finish(
+        self, reason: FinishReason, now: float, error: EchoAttError | None
+    ) -> GenerationResult:
+        new_tokens = self.length - self.prompt_tokens
+        decode_seconds = now - self._first
+        decoded = new_tokens - 1
+        return GenerationResult(
+            text="".join(self._pieces),
+            token_ids=tuple(self._tokens[self.prompt_tokens : self.length].tolist()),
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=new_tokens,
+            timings=Timings(
+                time_to_first_token=self._first - self._start,
+                decode_seconds=decode_seconds,
+                decode_tokens_per_second=decoded / decode_seconds if decoded > 0 else 0.0,
+            ),
+            error=error,
+        )
+
+
+def check_token_ids(prompt: Sequence[int], vocab_size: int, name: str = "the prompt") -> None:
+    """Check that a prompt has tokens, all of them in the vocabulary.
+
+    Raises:
+        PromptError: It has not.
+    """
+    if len(prompt) == 0:
+        raise PromptError(f"{name} has no tokens; give at least one")
+    least, most = min(prompt), max(prompt)
+    if least < 0 or most >= vocab_size:
+        raise PromptError(
+            f"{name} has token {least if least < 0 else most}, outside the vocabulary "
+            f"of {vocab_size}; use the tokenizer of this checkpoint"
+        )
+
+
+def _not_finite(tokens: int) -> str:
+    return (
+        f"the logits after {tokens} tokens are not finite; "
+        "the bundle's dtype overflows: export with a wider --dtype"
+    )
