@@ -11,7 +11,7 @@
 
 from importlib.metadata import version
 
-from echoatt_runtime.contract import Manifest
+from echoatt_runtime.contract import Manifest, SharingPlan, Specification
 from echoatt_runtime.errors import (
     BundleError,
     BundleNotFoundError,
@@ -25,9 +25,12 @@ from echoatt_runtime.errors import (
     NewerFormatError,
     NumericalError,
     OptionError,
+    OutOfMemoryError,
     PlanError,
     PromptError,
+    RunError,
     SamplingError,
+    SpecificationError,
 )
 from echoatt_runtime.model import EchoModel
 from echoatt_runtime.results import GenerationResult, TextPiece, Timings
@@ -51,10 +54,15 @@ __all__ = [
     "NewerFormatError",
     "NumericalError",
     "OptionError",
+    "OutOfMemoryError",
     "PlanError",
     "PromptError",
+    "RunError",
     "SamplingError",
     "SamplingParams",
+    "SharingPlan",
+    "Specification",
+    "SpecificationError",
     "TextPiece",
     "Timings",
     "__version__",

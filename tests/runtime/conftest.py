@@ -13,12 +13,22 @@ import numpy.typing as npt
 import onnx
 import pytest
 import tokenizers
-from echoatt_runtime.executor.session import Session, open_session
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
 
 from echoatt_runtime import EchoModel
-from echoatt_runtime.contract import METADATA_KEY, Manifest, SourceCheckpoint
+from echoatt_runtime.bundle import file_sha256, read_onnx_file
+from echoatt_runtime.contract import (
+    DTYPES,
+    METADATA_KEY,
+    BundleFile,
+    Manifest,
+    SharingPlan,
+    SourceCheckpoint,
+    Specification,
+    lay_out_caches,
+)
+from echoatt_runtime.executor import Executor, open_executor
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(BYTES), len(BYTES) + 1
@@ -26,28 +36,47 @@ BOS, EOS = len(BYTES), len(BYTES) + 1
 Array = npt.NDArray[Any]
 
 
-def tiny_manifest(**changes: Any) -> Manifest:
+def tiny_specification(
+    sources: Sequence[int] = (0, 1, 1),
+    kv_heads: int | tuple[int, ...] = 2,
+    head_dim: int = 4,
+    dtype: str = "fp32",
+    head_orders: Sequence[Sequence[int]] = (),
+    **changes: Any,
+) -> Specification:
+    """Of a decoder with a follower layer; `changes` are its other fields."""
+    plan, count = SharingPlan(tuple(sources), tuple(map(tuple, head_orders))), len(sources)
     fields: dict[str, Any] = {
-        "exporter_version": "0.1.0",
         "family": "llama",
-        "sources": (0, 1, 1),
-        "head_orders": (),
-        "layer_kinds": ("full", "full", "full"),
+        "plan": plan,
+        "layer_kinds": ("full",) * count,
         "sliding_window": None,
-        "num_query_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 4,
+        "query_heads": (4,) * count,
+        "kv_heads": kv_heads if isinstance(kv_heads, tuple) else (kv_heads,) * count,
+        "head_dims": (head_dim,) * count,
         "vocab_size": len(BYTES) + 2,
         "context_length": 600,
-        "dtype": "fp32",
+        "dtype": dtype,
         "device": "cpu",
         "bos_token_id": BOS,
         "eos_token_ids": (EOS,),
         "pad_token_id": None,
-        "weights_file": "model.onnx.data",
-        "weights_bytes": 1,
         "source_checkpoint": SourceCheckpoint(name="tiny", sha256="0" * 64),
-        "verification": None,
+    }
+    fields |= changes
+    if "caches" not in fields:
+        element_type = DTYPES[dtype].compute.name
+        fields["caches"] = lay_out_caches(
+            fields["plan"], fields["kv_heads"], fields["head_dims"], element_type
+        )
+    return Specification(**fields)
+
+
+def tiny_manifest(specification: Specification | None = None, **changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "exporter_version": "0.1.0",
+        "specification": specification or tiny_specification(),
+        "files": (BundleFile(name="model.onnx.data", role="weights", bytes=1, sha256=None),),
     }
     return Manifest(**(fields | changes))
 
@@ -59,21 +88,22 @@ class TinyDecoder:
     Shapes: S tokens, H query heads, N key/value heads, G = H/N, D head size, V vocabulary.
     """
 
-    manifest: Manifest
+    specification: Specification
     weights: dict[str, Array]
 
     @classmethod
-    def random(cls, manifest: Manifest, seed: int = 0) -> TinyDecoder:
+    def random(cls, specification: Specification, seed: int = 0) -> TinyDecoder:
         generator = np.random.default_rng(seed)
-        hidden = manifest.num_query_heads * manifest.head_dim
-        kv_width = manifest.num_kv_heads * manifest.head_dim
+        head_dim = specification.head_dims[0]
+        hidden = specification.query_heads[0] * head_dim
+        kv_width = specification.kv_heads[0] * head_dim
         shapes = {
-            "embedding": (manifest.vocab_size, hidden),
-            "positions": (manifest.context_length, hidden),
-            "head": (hidden, manifest.vocab_size),
+            "embedding": (specification.vocab_size, hidden),
+            "positions": (specification.context_length, hidden),
+            "head": (hidden, specification.vocab_size),
         }
-        for layer in range(manifest.num_layers):
-            if not manifest.is_follower(layer):
+        for layer in range(specification.num_layers):
+            if not specification.plan.is_follower(layer):
                 shapes[f"{layer}.query"] = (hidden, hidden)
                 shapes[f"{layer}.key"] = (hidden, kv_width)
             shapes[f"{layer}.value"] = (hidden, kv_width)
@@ -82,22 +112,21 @@ class TinyDecoder:
             name: generator.normal(0, 0.4, shape).astype(np.float32)
             for name, shape in shapes.items()
         }
-        return cls(manifest, weights)
+        return cls(specification, weights)
 
     def logits(self, token_ids: Sequence[int]) -> Array:
         """Logits [S, V] of a whole text, computed at once and without a cache."""
-        manifest, weights = (
-            self.manifest,
-            {k: v.astype(np.float64) for k, v in self.weights.items()},
-        )
-        length, group = len(token_ids), manifest.num_query_heads // manifest.num_kv_heads
+        specification = self.specification
+        weights = {k: v.astype(np.float64) for k, v in self.weights.items()}
+        length, head_dim = len(token_ids), specification.head_dims[0]
+        group = specification.query_heads[0] // specification.kv_heads[0]
 
         def heads(x_SE: Array) -> Array:
-            return x_SE.reshape(length, -1, manifest.head_dim).transpose(1, 0, 2)
+            return x_SE.reshape(length, -1, head_dim).transpose(1, 0, 2)
 
         x_SE = weights["embedding"][list(token_ids)] + weights["positions"][:length]
         probabilities: dict[int, Array] = {}
-        for layer, source in enumerate(manifest.sources):
+        for layer, source in enumerate(specification.plan.sources):
             if source == layer:
                 query_HSD = heads(x_SE @ weights[f"{layer}.query"])
                 key_HSD = heads(x_SE @ weights[f"{layer}.key"]).repeat(group, axis=0)
@@ -137,12 +166,19 @@ class _Graph:
 
 def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
     """The decoder as a graph that keeps the contract, weights inside."""
-    manifest = decoder.manifest
-    half = manifest.dtype == "fp16"
+    specification = decoder.specification
+    half = specification.dtype == "fp16"
     element, element_type = (
         (np.float16, TensorProto.FLOAT16) if half else (np.float32, TensorProto.FLOAT)
     )
-    kv_heads, head_dim, heads = manifest.num_kv_heads, manifest.head_dim, manifest.num_query_heads
+    kv_heads, head_dim, heads = (
+        of_layer[0]
+        for of_layer in (
+            specification.kv_heads,
+            specification.head_dims,
+            specification.query_heads,
+        )
+    )
     graph = _Graph()
     add, constant = graph.add, graph.constant
     weights = {name: constant(value, element) for name, value in decoder.weights.items()}
@@ -179,7 +215,7 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
         return add("Transpose", present, perm=[0, 1, 3, 2])
 
     probabilities: dict[int, str] = {}
-    for layer, source in enumerate(manifest.sources):
+    for layer, source in enumerate(specification.plan.sources):
         if source == layer:
             query = split_heads(add("MatMul", x, weights[f"{layer}.query"]), heads)
             query = add("Reshape", query, constant([0, kv_heads, -1, head_dim]))
@@ -198,21 +234,23 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
     logits = add("MatMul", add("GatherND", x, wanted, batch_dims=1), weights["head"])
     graph.nodes.append(helper.make_node("Cast", [logits], ["logits"], to=TensorProto.FLOAT))
 
-    def cache_info(name: str) -> onnx.ValueInfoProto:
-        shape = ["batch", *manifest.cache_dims(name, "capacity")]
-        return helper.make_tensor_value_info(name, element_type, shape)
+    def cache_infos(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info(name, element_type, list(cache.axes))
+            for name, cache in zip(names, specification.caches, strict=True)
+        ]
 
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
         helper.make_tensor_value_info("past_lengths", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("logits_indices", TensorProto.INT64, ["batch", "n"]),
-        *map(cache_info, manifest.past_names),
+        *cache_infos(specification.past_names),
     ]
     outputs = [
         helper.make_tensor_value_info(
-            "logits", TensorProto.FLOAT, ["batch", "n", manifest.vocab_size]
+            "logits", TensorProto.FLOAT, ["batch", "n", specification.vocab_size]
         ),
-        *map(cache_info, manifest.present_names),
+        *cache_infos(specification.present_names),
     ]
     return helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.initializers),
@@ -235,24 +273,53 @@ def write_bundle(
     directory: Path,
     decoder: TinyDecoder,
     edit_graph: Callable[[onnx.ModelProto], None] | None = None,
-    **manifest_changes: Any,
+    described: Specification | None = None,
+    companions: dict[str, str] | None = None,
 ) -> Path:
+    """A bundle of `decoder`; its manifest may describe another model than its graph."""
     directory.mkdir(parents=True, exist_ok=True)
-    path, weights_path = directory / "model.onnx", directory / decoder.manifest.weights_file
+    path, weights_path = directory / "model.onnx", directory / "model.onnx.data"
     model = tiny_graph(decoder)
     if edit_graph is not None:
         edit_graph(model)
     onnx.save(
         model, path, save_as_external_data=True, location=weights_path.name, size_threshold=128
     )
-    manifest = dataclasses.replace(
-        decoder.manifest, **({"weights_bytes": weights_path.stat().st_size} | manifest_changes)
-    )
-    model = onnx.load(path, load_external_data=False)
-    model.metadata_props.add(key=METADATA_KEY, value=manifest.to_json())
-    onnx.save(model, path)
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
+    for name, text in (companions or {}).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    roles = {weights_path.name: "weights", "tokenizer.json": "companion"}
+    roles |= dict.fromkeys(companions or {}, "companion")
+    files = tuple(
+        BundleFile(
+            name=name,
+            role=role,
+            bytes=(directory / name).stat().st_size,
+            sha256=file_sha256(directory / name),
+        )
+        for name, role in roles.items()
+    )
+    manifest = tiny_manifest(
+        described or decoder.specification,
+        graph_sha256=read_onnx_file(path).graph_sha256,
+        files=files,
+    )
+    stamp(path, manifest.to_json())
     return path
+
+
+def stamp(path: Path, manifest: str | None) -> None:
+    """Put a manifest's text in the place of a model file's own, or take it away."""
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    if manifest is not None:
+        model.metadata_props.add(key=METADATA_KEY, value=manifest)
+    onnx.save(model, path)
+
+
+@pytest.fixture
+def make_specification() -> Callable[..., Specification]:
+    return tiny_specification
 
 
 @pytest.fixture
@@ -262,7 +329,7 @@ def make_manifest() -> Callable[..., Manifest]:
 
 @pytest.fixture(scope="session")
 def decoder() -> TinyDecoder:
-    return TinyDecoder.random(tiny_manifest())
+    return TinyDecoder.random(tiny_specification())
 
 
 @pytest.fixture(scope="session")
@@ -272,30 +339,37 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, decoder: TinyDecoder) -> Pa
 
 
 @pytest.fixture(scope="session")
-def session(bundle: Path) -> Session:
-    return open_session(bundle, threads=1)
+def executor(bundle: Path) -> Executor:
+    return open_executor(bundle, threads=1)
 
 
 @pytest.fixture(scope="session")
-def model(session: Session) -> EchoModel:
-    return EchoModel(session)
+def model(bundle: Path) -> EchoModel:
+    return EchoModel.load(bundle, threads=1)
 
 
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> Callable[..., Path]:
-    """Builds a bundle of its own: manifest fields and the graph may be changed."""
+    """Builds a bundle of its own: the decoder, the graph and what is said of it may be changed."""
 
     def make(
-        decoder_manifest: Manifest | None = None,
+        specification: Specification | None = None,
         edit_graph: Callable[[onnx.ModelProto], None] | None = None,
         weights: dict[str, Array] | None = None,
-        **manifest_changes: Any,
+        described: Specification | None = None,
+        companions: dict[str, str] | None = None,
     ) -> Path:
-        decoder = TinyDecoder.random(decoder_manifest or tiny_manifest())
+        decoder = TinyDecoder.random(specification or tiny_specification())
         decoder = dataclasses.replace(decoder, weights=decoder.weights | (weights or {}))
-        return write_bundle(tmp_path / "own", decoder, edit_graph, **manifest_changes).parent
+        path = write_bundle(tmp_path / "own", decoder, edit_graph, described, companions)
+        return path.parent
 
     return make
+
+
+@pytest.fixture
+def restamp() -> Callable[[Path, str | None], None]:
+    return stamp
 
 
 @pytest.fixture

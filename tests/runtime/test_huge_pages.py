@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from echoatt_runtime import huge_pages
-from echoatt_runtime.executor.session import open_session
+from echoatt_runtime.executor import open_executor
 from echoatt_runtime.huge_pages import Region, merge_pages_since, private_memory
 
 MB = 1 << 20
@@ -138,7 +138,7 @@ def test_a_sandbox_without_the_kernels_files_is_none_either(tmp_path, monkeypatc
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's own account")
 def test_a_session_on_the_cpu_asks_for_its_memory(bundle, monkeypatch):
     asked = []
-    monkeypatch.setattr("echoatt_runtime.executor.session.private_memory", lambda: "before")
-    monkeypatch.setattr("echoatt_runtime.executor.session.merge_pages_since", asked.append)
-    open_session(bundle)
+    monkeypatch.setattr("echoatt_runtime.executor.open.private_memory", lambda: "before")
+    monkeypatch.setattr("echoatt_runtime.executor.open.merge_pages_since", asked.append)
+    open_executor(bundle)
     assert asked == ["before"]

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -9,10 +10,12 @@ from echoatt_runtime import (
     ContextOverflowError,
     DamagedBundleError,
     EchoModel,
+    NumericalError,
     OptionError,
     PromptError,
     SamplingParams,
 )
+from echoatt_runtime.bundle import read_manifest
 
 PARAMS = SamplingParams(max_new_tokens=30, ignore_eos=True)
 
@@ -110,15 +113,16 @@ def test_held_back_text_comes_at_the_end(model):
     assert model.generate("Hello", params)[0].text == free.text
 
 
-def test_logits_of_a_whole_text(session, decoder):
+def test_logits_of_a_whole_text(bundle, decoder):
     tokens = list(np.random.default_rng(0).integers(0, 256, 600))
     for chunk in (100, 256, 1000):
-        logits_SV = EchoModel(session, prefill_chunk=chunk).logits(tokens)
+        model = EchoModel.load(bundle, prefill_chunk=chunk)
+        logits_SV = model.logits(tokens)
         np.testing.assert_allclose(logits_SV, decoder.logits(tokens), atol=1e-4)
     with pytest.raises(ContextOverflowError, match="601 tokens do not fit the context of 600"):
-        EchoModel(session).logits([*tokens, 1])
+        model.logits([*tokens, 1])
     with pytest.raises(PromptError, match="no tokens"):
-        EchoModel(session).logits([])
+        model.logits([])
 
 
 @pytest.mark.parametrize(
@@ -146,16 +150,17 @@ def test_stream_complains_at_the_call(model):
         model.stream("x" * 600, PARAMS)
 
 
-def test_chat_messages_go_through_the_template(bundle, tmp_path, model, byte_tokenizer):
-    directory = shutil.copytree(bundle, tmp_path / "chat")
+def test_chat_messages_go_through_the_template(make_bundle, model, byte_tokenizer):
     # The template writes all special tokens itself: what the tokenizer adds would double them.
     byte_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 256)]
     )
-    byte_tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "chat_template.jinja").write_text(
+    template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    directory = make_bundle(
+        companions={"tokenizer.json": byte_tokenizer.to_str(), "chat_template.jinja": template}
     )
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     chatting = EchoModel.load(directory)
@@ -168,10 +173,12 @@ def test_chat_messages_go_through_the_template(bundle, tmp_path, model, byte_tok
         model.generate(chat, PARAMS)
 
 
-def test_without_a_tokenizer_the_bundle_loads_and_says_what_is_missing(bundle, tmp_path):
+def test_without_a_tokenizer_the_bundle_loads_and_says_what_is_missing(bundle, tmp_path, restamp):
     directory = shutil.copytree(bundle, tmp_path / "bare")
-    (directory / "tokenizer.json").unlink()
-    bare = EchoModel.load(directory)
+    manifest = read_manifest(directory)
+    bare_manifest = dataclasses.replace(manifest, files=(manifest.weights,))
+    restamp(directory / "model.onnx", bare_manifest.to_json())
+    bare = EchoModel.load(directory)  # and not the stranger's tokenizer beside it
     assert bare.logits([1, 2]).shape == (2, 258)
     with pytest.raises(DamagedBundleError, match=r"no tokenizer\.json"):
         bare.generate("a", PARAMS)
@@ -180,3 +187,27 @@ def test_without_a_tokenizer_the_bundle_loads_and_says_what_is_missing(bundle, t
 def test_chunks_out_of_range(bundle):
     with pytest.raises(OptionError, match="prefill_chunk is 0"):
         EchoModel.load(bundle, prefill_chunk=0)
+
+
+def test_parameters_for_each_prompt(model):
+    prompts = ["Hello", "World", "Hello"]
+    each = [PARAMS, SamplingParams(max_new_tokens=5, temperature=1.0, seed=2), PARAMS]
+    together = model.generate(prompts, each)
+    for prompt, own, result in zip(prompts, each, together, strict=True):
+        assert result.token_ids == model.generate(prompt, own)[0].token_ids
+    with pytest.raises(OptionError, match="2 sampling parameters for 3 prompts"):
+        model.generate(prompts, each[:2])
+
+
+def test_errors_of_one_prompt(make_bundle, decoder):
+    embedding = decoder.weights["embedding"].copy()
+    embedding[7] = np.nan
+    model = EchoModel.load(make_bundle(weights={"embedding": embedding}))
+    bad, good = model.generate([[1, 7], [1, 2]], PARAMS, return_errors=True)
+    assert (bad.finish_reason, bad.new_tokens, bad.text) == ("error", 0, "")
+    assert isinstance(bad.error, NumericalError)
+    assert (good.finish_reason, good.error) == ("length", None)
+    with pytest.raises(NumericalError, match="after 2 tokens are not finite"):
+        model.generate([[1, 7], [1, 2]], PARAMS)
+    with pytest.raises(NumericalError, match="not finite"):
+        list(model.stream([1, 7], PARAMS))

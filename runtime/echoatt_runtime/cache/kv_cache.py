@@ -107,6 +107,16 @@ class KVCache:
                 source * row, pitch, length * inner, memory, target * row, pitch, outer
             )
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds.
+
+        What lies behind a row's tokens is masked by a probability of zero, and zero times what is
+        not a number is none either: after a row that failed the next one would fail too.
+        """
+        for spec, memory in zip(self.specs, self._memories, strict=True):
+            row = self._row_bytes(spec)
+            memory.clear(slot * row, row)
+
     def array(self, index: int) -> npt.NDArray[Any]:
         """The cache `specs[index]` on the host, [slots, ...]: on a CPU the memory itself."""
         spec = self.specs[index]

@@ -55,6 +55,9 @@ class Memory(Protocol):
             rows: Number of runs.
         """
 
+    def clear(self, start: int, nbytes: int) -> None:
+        """Set bytes to zero."""
+
     def read(self) -> Bytes:
         """The bytes on the host: the memory itself on a CPU, else a copy."""
 
@@ -101,6 +104,10 @@ class HostMemory:
         _rows(target._bytes, target_start, target_pitch, width, rows)[...] = _rows(
             self._bytes, start, pitch, width, rows
         )
+
+    def clear(self, start: int, nbytes: int) -> None:
+        """See `Memory`."""
+        self._bytes[start : start + nbytes] = 0
 
     def read(self) -> Bytes:
         """See `Memory`."""

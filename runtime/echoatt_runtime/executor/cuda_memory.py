@@ -46,8 +46,7 @@ class CudaMemory:
                 "run fewer prompts at once, or shorter ones"
             ) from error
         self.address: int = self._value.data_ptr()
-        if nbytes:
-            self._call("cudaMemset", self.address, 0, nbytes)
+        self.clear(0, nbytes)
 
     def new(self, nbytes: int) -> CudaMemory:
         """See `Memory`."""
@@ -75,6 +74,11 @@ class CudaMemory:
                 rows,
                 _DEVICE_TO_DEVICE,
             )
+
+    def clear(self, start: int, nbytes: int) -> None:
+        """See `Memory`."""
+        if nbytes:
+            self._call("cudaMemset", self.address + start, 0, nbytes)
 
     def read(self) -> Bytes:
         """See `Memory`."""

@@ -144,6 +144,9 @@ class Batch:
         if not gone or self.cache is None:
             return
         for slot in reversed(gone):
+            result = self.rows[slot].result
+            if result is not None and result.error is not None:
+                self.cache.clear(slot)
             last = self.rows.pop()
             if slot < len(self.rows):
                 self.cache.move(len(self.rows), slot, last.length - 1)

@@ -87,7 +87,7 @@ def test_chat_templates_are_found(directory):
     ("file", "content", "fault"),
     [
         ("tokenizer.json", "{", "tokenizer.json cannot be read"),
-        ("tokenizer.json", None, "there is no tokenizer.json"),
+        ("tokenizer.json", None, "has no tokenizer.json of this model"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
     ],
