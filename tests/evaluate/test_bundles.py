@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from echoatt_runtime.executor.session import Session, open_session
 from numpy.typing import NDArray
 
 from echoatt_exporter import CheckpointError, export_bundle, load_model, share_attention
@@ -22,8 +23,10 @@ from echoatt_exporter.evaluate.models import (
 from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
 from echoatt_exporter.share.checkpoint import save_student
 from echoatt_exporter.texts import Text
-from echoatt_runtime.contract import SharingPlan
+from echoatt_runtime.bundle import read_manifest
+from echoatt_runtime.contract import METADATA_KEY, SharingPlan
 from echoatt_runtime.errors import DamagedBundleError, DeviceError
+from echoatt_runtime.executor import Executor, open_executor
 
 Doubles = NDArray[np.float64]
 
@@ -100,11 +103,11 @@ def test_fp32_bundle_scores_as_its_checkpoint(places: dict[str, Path]) -> None:
     assert compared.ratio().ratio == pytest.approx(1, abs=1e-5)
 
 
-def _log_probabilities(session: Session, context: list[int]) -> Doubles:
+def _log_probabilities(executor: Executor, context: list[int]) -> Doubles:
     """Of the token after a context: the bundle run on nothing else, [V]."""
     ids_1S = np.array([context])
-    cache = session.new_cache(1, len(context))
-    logits_V = session.run(cache, ids_1S, np.array([0]), np.array([[len(context) - 1]]))[0, 0]
+    cache = executor.new_cache(1, len(context))
+    logits_V = executor.run(cache, ids_1S, np.array([0]), np.array([[len(context) - 1]]))[0, 0]
     shifted: Doubles = logits_V.astype(np.float64) - logits_V.max()
     result: Doubles = shifted - np.log(np.exp(shifted).sum())
     return result
@@ -124,12 +127,12 @@ def test_int4_diverges_by_what_numpy_says(places: dict[str, Path]) -> None:
     paths = places["int4"], places["fp32"]
     compared = compare_documents(*map(open_model, paths), _documents(), **OPTIONS)
 
-    quantised, exact = map(open_session, paths)
+    quantised, exact = map(open_executor, paths)
     divergence, agreement, nats = [], [], []
     for document in _documents():
         tokens = [int(word[1:]) for word in document.content.split()]
         for token, context in zip(tokens, _contexts(tokens), strict=True):
-            q, p = (_log_probabilities(session, context) for session in (quantised, exact))
+            q, p = (_log_probabilities(executor, context) for executor in (quantised, exact))
             divergence.append(float(np.exp(p) @ (p - q)))
             agreement.append(p.argmax() == q.argmax())
             nats.append(-q[token])
@@ -146,8 +149,13 @@ def test_int4_diverges_by_what_numpy_says(places: dict[str, Path]) -> None:
 def test_bundle_without_a_tokenizer_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(places["int4"], bundle)
-    (bundle / "tokenizer.json").unlink()
-    with pytest.raises(DamagedBundleError, match=r"model.onnx has no tokenizer.json beside it"):
+    manifest = read_manifest(bundle)
+    bare = dataclasses.replace(manifest, files=(manifest.weights,))
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    onnx.helper.set_model_props(model, {METADATA_KEY: bare.to_json()})
+    onnx.save(model, bundle / "model.onnx")
+    # The file that lies there is a stranger's
+    with pytest.raises(DamagedBundleError, match=r"model.onnx has no tokenizer.json; text needs"):
         open_model(bundle)
 
 

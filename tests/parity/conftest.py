@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
 
     from echoatt_exporter.parity import ReferenceRun
     from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-    from echoatt_runtime.contract import Manifest
+    from echoatt_runtime.bundle import Bundle
+    from echoatt_runtime.contract import Specification
 
 # The caches grow once on the way
 CONTEXT = 300
@@ -26,30 +26,33 @@ class Exported:
     """A student, its traced graph (before any pass) and PyTorch's side of the comparison."""
 
     student: EchoAttForCausalLM
-    manifest: Manifest
+    specification: Specification
     graph_file: Path
     reference: ReferenceRun
 
 
-def make_manifest(student: EchoAttForCausalLM, dtype: str = "fp32") -> Manifest:
-    from echoatt_exporter.architecture import architecture_of
-    from echoatt_runtime.contract import Manifest, SourceCheckpoint
+def specify(student: EchoAttForCausalLM, dtype: str = "fp32") -> Specification:
+    from echoatt_exporter.architecture import architecture_of, specification_fields
+    from echoatt_runtime.contract import (
+        DTYPES,
+        SharingPlan,
+        SourceCheckpoint,
+        Specification,
+        lay_out_caches,
+    )
 
-    architecture = architecture_of(student.config.get_text_config())
-    return Manifest(
-        exporter_version="0",
-        **{f.name: getattr(architecture, f.name) for f in dataclasses.fields(architecture)},
-        sources=tuple(student.sources),
-        head_orders=(),
+    fields = specification_fields(architecture_of(student.config.get_text_config()))
+    plan, compute = SharingPlan(tuple(student.sources)), DTYPES[dtype].compute.name
+    return Specification(
+        **fields,
+        plan=plan,
         dtype=dtype,
         device="cuda" if dtype in ("fp16", "bf16") else "cpu",
+        caches=lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], compute),
         bos_token_id=1,
         eos_token_ids=(2,),
         pad_token_id=None,
-        weights_file="model.onnx.data",
-        weights_bytes=0,
         source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
-        verification=None,
     )
 
 
@@ -69,11 +72,11 @@ def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
         fields = {"num_hidden_layers": len(sources), "max_position_embeddings": CONTEXT} | fields
         teacher = tiny_model(name, **fields).to(torch_dtype)
         student = share_attention(teacher, SharingPlan(sources))
-        manifest = make_manifest(student, dtype)
-        reference = record_reference(student, manifest, tokenizer_dir=None)
+        specification = specify(student, dtype)
+        reference = record_reference(student, specification, tokenizer_dir=None)
         file = tmp_path_factory.mktemp(name) / "graph.onnx"
-        ir.save(trace_student(student, manifest), file)
-        return Exported(student, manifest, file, reference)
+        ir.save(trace_student(student, specification), file)
+        return Exported(student, specification, file, reference)
 
     return build
 
@@ -86,22 +89,24 @@ def sliding(export: Any) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def write(tmp_path_factory: Any) -> Callable[[ir.Model, Manifest], Path]:
-    """`write(model, manifest)` writes a graph as a bundle and gives its path."""
+def write(tmp_path_factory: Any) -> Callable[[ir.Model, Specification], Bundle]:
+    """`write(model, specification)` writes a graph as a bundle."""
     import onnx_ir as ir
 
-    from echoatt_runtime.contract import METADATA_KEY
+    from echoatt_runtime.bundle import Bundle
+    from echoatt_runtime.contract import METADATA_KEY, BundleFile, Manifest
 
-    def save(model: ir.Model, manifest: Manifest) -> Path:
+    def save(model: ir.Model, specification: Specification) -> Bundle:
         path: Path = tmp_path_factory.mktemp("bundle") / "model.onnx"
-        weights = path.with_name(manifest.weights_file)
-        for _ in range(2):  # the manifest has the size of the file that is written with it
-            if weights.exists():
-                size = weights.stat().st_size
-                weights.unlink()
-                manifest = dataclasses.replace(manifest, weights_bytes=size)
-            model.metadata_props[METADATA_KEY] = manifest.to_json()
-            ir.save(model, path, external_data=weights.name)
-        return path
+        weights = path.with_name("model.onnx.data")
+        ir.save(model, path, external_data=weights.name)
+        file = BundleFile(
+            name=weights.name, role="weights", bytes=weights.stat().st_size, sha256=None
+        )
+        manifest = Manifest(exporter_version="0", specification=specification, files=(file,))
+        model.metadata_props[METADATA_KEY] = manifest.to_json()
+        weights.unlink()
+        ir.save(model, path, external_data=weights.name)
+        return Bundle.open(path)
 
     return save

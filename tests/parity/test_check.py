@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from tests.parity import mutants
-from tests.parity.conftest import CONTEXT, make_manifest
+from tests.parity.conftest import CONTEXT, specify
 
 from echoatt_exporter.errors import CheckpointError, ParityError
 from echoatt_exporter.parity import assert_parity, check_parity, compare, record_reference
@@ -37,7 +37,7 @@ def teacher_dir(tiny_model: Any, tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(sliding: Any, write: Any) -> Path:
-    path: Path = write(ir.load(sliding.graph_file), sliding.manifest)
+    path: Path = write(ir.load(sliding.graph_file), sliding.specification).model
     return path
 
 
@@ -63,7 +63,7 @@ def test_assert_parity_fails_on_a_fault(
 ) -> None:
     model = ir.load(sliding.graph_file)
     mutants.use_wrong_source(model, 2, 0)
-    wrong = write(model, sliding.manifest)
+    wrong = write(model, sliding.specification).model
 
     with pytest.raises(ParityError, match="layer 2's attention output"):
         assert_parity(teacher_dir, wrong, max_context=50)
@@ -95,9 +95,9 @@ def test_another_shape_cannot_be_compared(tiny_model: Any, bundle: Path, tmp_pat
 def test_another_bundle_than_the_reference_is_for_cannot_be_compared(
     sliding: Any, write: Any
 ) -> None:
-    other = dataclasses.replace(sliding.manifest, sources=(0, 1, 1, 1))
+    other = dataclasses.replace(sliding.specification, plan=SharingPlan((0, 1, 1, 1)))
 
-    with pytest.raises(CheckpointError, match=r"could not compare.*sources"):
+    with pytest.raises(CheckpointError, match=r"could not compare.*plan"):
         compare(sliding.reference, write(ir.load(sliding.graph_file), other))
 
 
@@ -116,7 +116,7 @@ def test_a_model_that_computes_nan_cannot_be_compared(tiny_model: Any) -> None:
     torch.nn.init.constant_(student.decoder.lm_head.weight, float("nan"))
 
     with pytest.raises(NumericalError, match="PyTorch itself"):
-        record_reference(student, make_manifest(student), tokenizer_dir=None)
+        record_reference(student, specify(student), tokenizer_dir=None)
 
 
 def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any) -> None:
@@ -126,7 +126,7 @@ def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any)
     judge = oracle(teacher.config.to_dict(), tensors, sources)
     student = share_attention(teacher, SharingPlan(sources))
 
-    reference = record_reference(student, make_manifest(student), tokenizer_dir=None)
+    reference = record_reference(student, specify(student), tokenizer_dir=None)
 
     assert len(reference.texts) == 6
     for text in reference.texts:
@@ -142,7 +142,7 @@ def test_long_texts_run_in_pieces_with_the_same_result(
     from echoatt_exporter.parity import reference as module
 
     monkeypatch.setattr(module, "_PROBABILITIES_AT_ONCE", 70 * CONTEXT * 4)
-    pieces = record_reference(sliding.student, sliding.manifest, tokenizer_dir=None)
+    pieces = record_reference(sliding.student, sliding.specification, tokenizer_dir=None)
 
     for whole, pieced in zip(sliding.reference.texts, pieces.texts, strict=True):
         np.testing.assert_array_equal(whole.tokens, pieced.tokens)
@@ -151,10 +151,10 @@ def test_long_texts_run_in_pieces_with_the_same_result(
 
 
 def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) -> None:
-    manifest = dataclasses.replace(sliding.manifest, vocab_size=512)
+    specification = dataclasses.replace(sliding.specification, vocab_size=512)
 
-    script = write_script(manifest, stories260k)
-    without = write_script(manifest, None)
+    script = write_script(specification, stories260k)
+    without = write_script(specification, None)
 
     assert [case.name for case in script.cases] == [
         *(case.name for case in without.cases),
@@ -168,9 +168,9 @@ def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) 
 
 @pytest.mark.parametrize("context", [8, 20, 41, 193, 300])
 def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
-    manifest = dataclasses.replace(sliding.manifest, context_length=context)
+    specification = dataclasses.replace(sliding.specification, context_length=context)
 
-    script = write_script(manifest, None)
+    script = write_script(specification, None)
 
     for case in script.cases:
         for row, text in enumerate(case.texts):
@@ -181,9 +181,9 @@ def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
 
 
 def test_what_is_kept_does_not_grow_with_the_context(sliding: Any) -> None:
-    manifest = dataclasses.replace(sliding.manifest, context_length=100_000)
+    specification = dataclasses.replace(sliding.specification, context_length=100_000)
 
-    script = write_script(manifest, None)
+    script = write_script(specification, None)
 
     assert max(len(text.tokens) for text in script.texts) == 100_000
     assert max(len(text.positions) for text in script.texts) < 50

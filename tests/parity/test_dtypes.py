@@ -31,11 +31,11 @@ ROUNDED = "ragged batch, rounded weights"
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def quantised(request: Any, sliding: Any) -> Any:
     """The sliding-window model as an int8 and int4 bundle's manifest and reference."""
-    manifest = dataclasses.replace(sliding.manifest, dtype=request.param)
+    specification = dataclasses.replace(sliding.specification, dtype=request.param)
     return dataclasses.replace(
         sliding,
-        manifest=manifest,
-        reference=record_reference(sliding.student, manifest, tokenizer_dir=None),
+        specification=specification,
+        reference=record_reference(sliding.student, specification, tokenizer_dir=None),
     )
 
 
@@ -46,15 +46,15 @@ def _quantise(model: ir.Model, dtype: str) -> ir.Model:
 
 
 def test_a_quantised_bundle_passes_both_checks(quantised: Any, write: Any) -> None:
-    model = _quantise(ir.load(quantised.graph_file), quantised.manifest.dtype)
+    model = _quantise(ir.load(quantised.graph_file), quantised.specification.dtype)
 
-    report = compare(quantised.reference, write(model, quantised.manifest))
+    report = compare(quantised.reference, write(model, quantised.specification))
 
     assert report.passed, report.to_dict()
     *bounded, rounded = report.cases
     assert rounded.name == ROUNDED
     assert rounded.tolerance.name == "fp32"
-    assert {case.tolerance.name for case in bounded} == {quantised.manifest.dtype}
+    assert {case.tolerance.name for case in bounded} == {quantised.specification.dtype}
     # What quantisation changes is seen in one and not in the other
     assert min(case.mean_kl for case in bounded) > 1e4 * rounded.mean_kl
 
@@ -66,7 +66,8 @@ def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
     mutants.scale_weight(model, "model.layers.2.self_attn.v_proj.weight", 1.001)
 
     report = compare(
-        quantised.reference, write(_quantise(model, quantised.manifest.dtype), quantised.manifest)
+        quantised.reference,
+        write(_quantise(model, quantised.specification.dtype), quantised.specification),
     )
 
     assert {case.name for case in report.cases if not case.passed} == {ROUNDED}
@@ -74,8 +75,8 @@ def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
 
 
 def test_weights_that_lost_more_bits_fail_their_bound(sliding: Any, write: Any) -> None:
-    manifest = dataclasses.replace(sliding.manifest, dtype="int8")
-    reference = record_reference(sliding.student, manifest, tokenizer_dir=None)
+    specification = dataclasses.replace(sliding.specification, dtype="int8")
+    reference = record_reference(sliding.student, specification, tokenizer_dir=None)
     model = ir.load(sliding.graph_file)
     for name, weight in model.graph.initializers.items():
         if name.endswith("proj.weight"):
@@ -83,7 +84,7 @@ def test_weights_that_lost_more_bits_fail_their_bound(sliding: Any, write: Any) 
             values_NK = np.ascontiguousarray(weight.const_value.numpy().T)
             weight.const_value = ir.Tensor(round_trip(values_NK, 4).T.copy(), name=name)
 
-    report = compare(reference, write(_quantise(model, "int8"), manifest))
+    report = compare(reference, write(_quantise(model, "int8"), specification))
 
     assert not any(case.passed for case in report.cases)
 
@@ -134,10 +135,10 @@ def half(request: Any, export: Any) -> Any:
 
 
 def test_a_16_bit_bundle_passes_on_the_cpu(half: Any, write: Any) -> None:
-    report = compare(half.reference, write(ir.load(half.graph_file), half.manifest))
+    report = compare(half.reference, write(ir.load(half.graph_file), half.specification))
 
     assert report.passed, report.to_dict()
-    if half.manifest.dtype == "bf16":
+    if half.specification.dtype == "bf16":
         # The CPU has no bf16 kernels
         assert report.provider == "CPUExecutionProvider, computed in float32"
         assert {tolerance.name for tolerance in report.tolerances} == {"bf16 computed in float32"}
@@ -151,18 +152,18 @@ def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
     model = ir.load(half.graph_file)
     mutants.swap_probability_heads(model, 2)
 
-    report = compare(half.reference, write(model, half.manifest))
+    report = compare(half.reference, write(model, half.specification))
 
     assert not report.passed
     assert report.first_diverging_layer == 2
 
 
 def test_a_16_bit_bundle_without_its_weights_is_damaged(half: Any, write: Any) -> None:
-    path = write(ir.load(half.graph_file), half.manifest)
-    path.with_name(half.manifest.weights_file).unlink()
+    bundle = write(ir.load(half.graph_file), half.specification)
+    bundle.weights.unlink()
 
     with pytest.raises(DamagedBundleError):
-        compare(half.reference, path)
+        compare(half.reference, bundle)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])

@@ -90,7 +90,7 @@ CASES = (
 
 
 def test_a_correct_bundle_passes_far_from_the_tolerance(sliding: Any, write: Any) -> None:
-    report = compare(sliding.reference, write(ir.load(sliding.graph_file), sliding.manifest))
+    report = compare(sliding.reference, write(ir.load(sliding.graph_file), sliding.specification))
 
     assert report.passed
     assert tuple(case.name for case in report.cases) == CASES
@@ -108,7 +108,7 @@ def test_a_fault_fails_in_every_case_that_can_see_it(name: str, sliding: Any, wr
     model = ir.load(sliding.graph_file)
     mutant.plant(model)
 
-    report = compare(sliding.reference, write(model, sliding.manifest))
+    report = compare(sliding.reference, write(model, sliding.specification))
 
     failed = {case.name for case in report.cases if not case.passed}
     assert failed == set(CASES) - set(mutant.spared)
@@ -129,7 +129,7 @@ def test_a_difference_of_rounding_passes(sliding: Any, write: Any) -> None:
     model = ir.load(sliding.graph_file)
     mutants.double_epsilon(model)
 
-    report = compare(sliding.reference, write(model, sliding.manifest))
+    report = compare(sliding.reference, write(model, sliding.specification))
 
     assert report.passed
     assert report.worst.excess > 0.1  # it was planted
@@ -139,9 +139,9 @@ def test_nan_fails_and_is_counted(sliding: Any, write: Any) -> None:
     model = ir.load(sliding.graph_file)
     mutants.scale_weight(model, "model.layers.1.self_attn.v_proj.weight", float("nan"))
 
-    report = compare(sliding.reference, write(model, sliding.manifest))
+    report = compare(sliding.reference, write(model, sliding.specification))
 
-    vocabulary = sliding.manifest.vocab_size
+    vocabulary = sliding.specification.vocab_size
     assert [case.nan_count for case in report.cases] == [
         case.rows * vocabulary for case in report.cases
     ]
@@ -158,6 +158,6 @@ def test_one_fault_after_another_reports_the_first_layer(
     mutants.scale_weight(model, "model.layers.3.self_attn.v_proj.weight", 2.0)
     mutants.scale_weight(model, "model.layers.1.self_attn.v_proj.weight", 2.0)
 
-    report = compare(sliding.reference, write(model, sliding.manifest))
+    report = compare(sliding.reference, write(model, sliding.specification))
 
     assert report.first_diverging_layer == 1
