@@ -10,7 +10,8 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,11 @@ TokenIds = npt.NDArray[np.int64]
 # always holds the mass asked for.
 _NUCLEUS_MARGINS: Final = (5.0, 10.0, math.inf)
 
+# A temperature below the first leaves only the most probable token, one above the second makes all
+# equally probable: beyond them float32 overflows or loses the logits' order. A penalty likewise.
+_LEAST_FACTOR: Final = 1e-30
+_LARGEST_FACTOR: Final = 1e30
+
 # Draws look for a block first and for a token inside it, instead of summing up the vocabulary.
 _BLOCK: Final = 512
 
@@ -33,6 +39,8 @@ _BLOCK: Final = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose the next token, and when to stop.
+
+    Numbers may be numpy's; they are kept as Python's own.
 
     The defaults decode greedily: the same prompt gives the same text everywhere, whatever a
     checkpoint's generation_config.json suggests. Set `temperature` above 0 to draw.
@@ -69,22 +77,23 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-            object.__setattr__(self, name, tuple(value) if is_sequence else (value,))
+            self._set(name, tuple(value) if is_sequence else (value,))
         faults = [
-            *_number_fault("temperature", self.temperature, "at least 0", lambda x: x >= 0),
-            *_integer_fault("top_k", self.top_k, 0),
-            *_number_fault("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1),
-            *_number_fault("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1),
-            *_number_fault(
-                "repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0
-            ),
-            *(_integer_fault("seed", self.seed, 0) if self.seed is not None else ()),
-            *_integer_fault("max_new_tokens", self.max_new_tokens, 1),
+            *self._check_number("temperature", "at least 0", lambda x: x >= 0),
+            *self._check_integer("top_k", 0),
+            *self._check_number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+            *self._check_number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1),
+            *self._check_number("repetition_penalty", "above 0", lambda x: x > 0),
+            *(self._check_integer("seed", 0) if self.seed is not None else ()),
+            *self._check_integer("max_new_tokens", 1),
         ]
         if any(not isinstance(text, str) or not text for text in self.stop):
             faults.append(f"stop is {self.stop!r}, not strings of at least one character")
-        for token in self.stop_token_ids:
-            faults += _integer_fault("stop_token_ids", token, 0)
+        tokens = [_as_integer(token, 0) for token in self.stop_token_ids]
+        for given, token in zip(self.stop_token_ids, tokens, strict=True):
+            if token is None:
+                faults.append(f"stop_token_ids is {given!r}, not an integer of at least 0")
+        self._set("stop_token_ids", tuple(tokens))
         if faults:
             raise SamplingError(f"sampling parameters are out of range: {'; '.join(faults)}")
 
@@ -93,9 +102,30 @@ class SamplingParams:
         """Whether the most probable token is the one to take, as the model gives it."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
+    def _check_number(
+        self, name: str, wanted: str, in_range: Callable[[float], bool]
+    ) -> Iterator[str]:
+        """Keep a number as a float, or tell what is wrong with it."""
+        value = getattr(self, name)
+        number = _as_float(value)
+        if number is None or not in_range(number):
+            yield f"{name} is {value!r}, not a number {wanted}"
+        self._set(name, number)
+
+    def _check_integer(self, name: str, least: int) -> Iterator[str]:
+        """Keep an integer as an int, or tell what is wrong with it."""
+        value = getattr(self, name)
+        number = _as_integer(value, least)
+        if number is None:
+            yield f"{name} is {value!r}, not an integer of at least {least}"
+        self._set(name, number)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
 
 def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: float) -> Logits:
-    """Divides the positive and multiplies the negative logits of `token_ids` by `penalty`.
+    """Divide the positive and multiply the negative logits of `token_ids` by `penalty`.
 
     Args:
         logits_V: Logits of one row.
@@ -104,13 +134,21 @@ def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: flo
     """
     penalised_V = logits_V.copy()
     seen = logits_V[token_ids]
-    penalised_V[token_ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    factor = _bounded(penalty)
+    penalised_V[token_ids] = np.where(seen < 0, seen * factor, seen / factor)
     return penalised_V
 
 
 def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
-    """Divides the logits by `temperature`, which must be above 0."""
-    return logits_V / np.float32(temperature)
+    """Divide the logits' distances from the largest by `temperature`, which must be above 0.
+
+    The largest becomes 0, which leaves probabilities as they are. A temperature near 0 then drives
+    the others to -inf, and a very large one makes all equally probable without losing their order.
+    """
+    scaled_V: Logits = logits_V - logits_V.max()
+    with np.errstate(over="ignore"):
+        scaled_V /= _bounded(temperature)
+    return scaled_V
 
 
 def keep_top_k(logits_V: Logits, k: int) -> Logits:
@@ -130,7 +168,7 @@ def keep_top_p(logits_V: Logits, top_p: float) -> Logits:
     _, weights = _candidates(logits_V)
     mass = top_p * float(weights.sum(dtype=np.float64))
     for margin in _NUCLEUS_MARGINS:
-        ids = np.flatnonzero(logits_V > largest - np.float32(margin))
+        ids = np.flatnonzero(logits_V >= largest - np.float32(margin))
         ids = ids[np.argsort(-logits_V[ids], kind="stable")]
         weights = np.exp(logits_V[ids] - largest)
         mass_up_to = np.cumsum(weights, dtype=np.float64)
@@ -146,13 +184,17 @@ def keep_min_p(logits_V: Logits, min_p: float) -> Logits:
 
 
 def sample(logits_V: Logits, generator: np.random.Generator) -> int:
-    """Draws a token with the probabilities softmax(logits); uses one number of `generator`."""
+    """Draw a token with the probabilities softmax(logits); uses one number of `generator`."""
     ids, weights = _candidates(logits_V)
     block_mass = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
     block, drawn = _draw(block_mass, generator.random())
     start = block * _BLOCK
     index, _ = _draw(weights[start : start + _BLOCK].astype(np.float64), drawn)
     return int(ids[start + index])
+
+
+def _bounded(factor: float) -> np.float32:
+    return np.float32(min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR))
 
 
 def _keep(logits_V: Logits, ids: npt.NDArray[np.intp]) -> Logits:
@@ -191,7 +233,7 @@ class Sampler:
         self._generator = np.random.default_rng(params.seed)
 
     def __call__(self, logits_V: Logits, token_ids: TokenIds) -> int:
-        """Chooses the next token.
+        """Choose the next token.
 
         Args:
             logits_V: Logits of the next token.
@@ -223,17 +265,20 @@ class Sampler:
         return sample(logits_V, self._generator)
 
 
-def _number_fault(
-    name: str, value: object, wanted: str, in_range: Callable[[float], bool]
-) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return [f"{name} is {value!r}, not a number {wanted}"]
-    if math.isfinite(value) and in_range(value):
-        return []
-    return [f"{name} is {value!r}, not a number {wanted}"]
+def _as_float(value: object) -> float | None:
+    """A finite real number as Python's own; None for anything else, truth values too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
-def _integer_fault(name: str, value: object, least: int) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return []
-    return [f"{name} is {value!r}, not an integer of at least {least}"]
+def _as_integer(value: object, least: int) -> int | None:
+    """An integer of at least `least` as Python's own; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return None
+    number = int(value)
+    return number if number >= least else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,28 @@ def test_waiting_engine_takes_no_processor_time(
     before = worker.processor_seconds()
     time.sleep(0.5)
     assert worker.processor_seconds() - before < 0.05
+
+
+def test_processor_time_counts_threads_that_end_meanwhile(worker: WorkerProcess) -> None:
+    """Each reading of the memory starts and ends threads of its own."""
+    worker.request("memory_speed", threads=1, size=2**20)  # has imported what it needs
+    size, readings = 2**27, [worker.processor_seconds()]
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(worker.request, "memory_speed", threads=4, size=size)
+        while not reading.done():
+            readings.append(worker.processor_seconds())
+    readings.append(worker.processor_seconds())
+    assert readings == sorted(readings)
+    first_thread = Path(f"/proc/{worker.pid}/schedstat").read_text(encoding="ascii").split()[0]
+    # three readings, by threads that are gone
+    assert readings[-1] - int(first_thread) / 1e9 > 3 * size / reading.result() / 2
+
+
+def test_processor_time_of_a_process_that_is_gone_is_an_error() -> None:
+    with WorkerProcess("the engine", threads=1) as worker:
+        pass
+    with pytest.raises(EngineError, match="the engine: no processor time to read"):
+        worker.processor_seconds()
 
 
 def test_memory_speed_is_bytes_a_second(worker: WorkerProcess) -> None:

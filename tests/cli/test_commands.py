@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -212,6 +217,45 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
     assert end.value.code == 2
+
+
+def test_export_on_a_terminal_takes_nothing_there_for_a_warning(
+    checkpoint: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The progress bar is drawn there, and another thread writes on and on."""
+    ours, theirs = os.openpty()
+    seen, done = bytearray(), threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            os.write(2, b"busy ")
+            time.sleep(0.001)
+
+    def read() -> None:
+        while not seen.endswith(b"THE END"):
+            seen.extend(os.read(ours, 2**16))
+
+    saved = os.dup(2)
+    with (
+        ThreadPoolExecutor() as pool,
+        contextlib.closing(os.fdopen(theirs, "w", encoding="utf-8")) as terminal,
+    ):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        os.dup2(theirs, 2)
+        try:
+            threads = [pool.submit(write), pool.submit(read)]
+            code, _, _ = run("export", checkpoint, tmp_path / "o.onnx", "--no-verify")
+        finally:
+            done.set()
+            threads[0].result()
+            os.write(2, b"THE END")
+            threads[1].result()
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(ours)
+    assert code == 0, seen
+    assert b"tracing the graph" in seen
+    assert b"busy" in seen
 
 
 def test_export_that_differs_from_pytorch_exits_1_and_publishes_nothing(

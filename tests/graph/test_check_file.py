@@ -1,13 +1,17 @@
 import os
+import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
 
-from echoatt_exporter.errors import ContractError
+from echoatt_exporter.errors import ContractError, ExportError
 from echoatt_exporter.graph import check_file
+from echoatt_exporter.graph.checks import load_file
 
 GOOD = "g (float[b,4] x, float[4,4] w) => (float[b,4] y) { y = MatMul(x, w) }"
 
@@ -38,11 +42,20 @@ def test_a_warning_of_the_runtime_is_an_error(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_stderr_works_again_afterwards(tmp_path, capfd):
-    check_file(write(tmp_path, GOOD, w=np.eye(4, dtype=np.float32)))
-    os.write(2, b"native ")
-    print("python", file=sys.stderr)
-    assert capfd.readouterr().err == "native python\n"
+def test_what_this_process_writes_is_no_warning(tmp_path, capfd):
+    path, done = write(tmp_path, GOOD, w=np.eye(4, dtype=np.float32)), threading.Event()
+
+    def write_on():
+        while not done.is_set():
+            os.write(2, b"progress ")
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(write_on)
+        try:
+            check_file(path)
+        finally:
+            done.set()
+    assert set(capfd.readouterr().err.split()) == {"progress"}
 
 
 def test_a_type_error_is_found_by_the_checker(tmp_path):
@@ -66,3 +79,57 @@ def test_a_missing_weight_file_is_an_error(tmp_path):
         check_file(path)
     assert "model.onnx.data" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ending", "error_type", "message"),
+    [
+        ("kill -KILL $$", ExportError, r"loads model\.onnx .* was killed, most likely for want of"),
+        ("echo at x.cc:1 >&2; kill -SEGV $$", ContractError, r"crashes .* fault \(at x\.cc:1\)$"),
+        ("echo no module >&2; exit 1", ExportError, r"ended with 1 \(no module\)$"),
+        # far less than the weights take
+        ('ulimit -v 400000; exec "$PYTHON" "$@"', ExportError, "memory does not suffice to load"),
+    ],
+)
+def test_ends_of_the_loading_process_are_told(ending, error_type, message, tmp_path, monkeypatch):
+    path = write(tmp_path, GOOD.replace("4", "10240"))
+    model = onnx.load(path)
+    weights = model.graph.initializer.add(name="w", dims=[10240, 10240], data_type=1)
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="model.onnx.data")
+    model.graph.input.pop()
+    onnx.save(model, path)
+    with (tmp_path / "model.onnx.data").open("wb") as file:
+        file.truncate(4 * 10240**2)
+
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{ending}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ExportError, match=message) as caught:
+        check_file(path)
+    assert type(caught.value) is error_type
+    assert "\n" not in str(caught.value)
+
+
+def test_no_process_to_load_in_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    with pytest.raises(ExportError, match=r"no process starts to load it \(.*absent"):
+        check_file(write(tmp_path, GOOD, w=np.eye(4, dtype=np.float32)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end the process")
+def test_the_loading_process_ends_with_its_parent(tmp_path):
+    """Even where it hangs: nobody ever writes to this pipe."""
+    os.mkfifo(tmp_path / "model.onnx")
+    command = [sys.executable, load_file.__file__, tmp_path / "model.onnx", "CPUExecutionProvider"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert parent.stderr.read(1) == load_file.MARK
+    parent.kill()
+    # both pipes end when nobody holds them any more
+    assert parent.communicate(timeout=20) == (b"", b"")

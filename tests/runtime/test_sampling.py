@@ -34,8 +34,9 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     assert logits.tolist() == [2, -2, 1, 0, -1]
 
 
-def test_temperature_divides():
-    assert apply_temperature(row(1, -2, 0), 0.5).tolist() == [2, -4, 0]
+def test_temperature_divides_distances_from_the_largest():
+    assert apply_temperature(row(1, -2, 0), 0.5).tolist() == [0, -6, -2]
+    assert apply_temperature(row(1, -INF, 0), 2).tolist() == [0, -INF, -0.5]
 
 
 def test_top_k_keeps_the_largest_and_their_equals():
@@ -123,14 +124,57 @@ def test_filters_agree_with_transformers(seed):
         (processors.TopPLogitsWarper(0.9), keep_top_p, (0.9,)),
         (processors.MinPLogitsWarper(0.05), keep_min_p, (0.05,)),
     ]
+
+    def check(ours, theirs):
+        # our temperature makes the largest logit 0, which changes no probability
+        ours, theirs = ours - ours.max(), theirs - theirs.max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
+
     # Each on the raw logits, and all in a row on what the one before left.
     theirs, ours = torch.tensor(logits)[None], logits
     for processor, function, arguments in pairs:
         alone = processor(torch.tensor(tokens)[None], torch.tensor(logits)[None])[0].numpy()
-        np.testing.assert_allclose(function(logits, *arguments), alone, rtol=1e-6)
+        check(function(logits, *arguments), alone)
         theirs = processor(torch.tensor(tokens)[None], theirs)
         ours = function(ours, *arguments)
-        np.testing.assert_allclose(ours, theirs[0].numpy(), rtol=1e-6)
+        check(ours, theirs[0].numpy())
+
+
+FILTERS = [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-39, 1e-38, 1e-20, 1e-8])
+def test_a_tiny_temperature_takes_the_most_probable_token(temperature, filters):
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=0, **filters))
+    for logits, best in [(row(1, 5, -3, 4.999), 1), (row(-1e6, -INF, -40, -41), 2)]:
+        assert {sampler(logits, np.array([0])) for _ in range(50)} == {best}
+
+
+def test_equals_stay_equal_at_a_tiny_temperature():
+    sampler = Sampler(SamplingParams(temperature=1e-39, seed=0, top_p=0.9))
+    assert {sampler(row(1, 5, 5, 4), np.array([0])) for _ in range(50)} == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e45, 1e308])
+def test_a_large_temperature_draws_evenly_from_what_filters_keep(temperature):
+    for filters, allowed in [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.5}, {1, 3}),
+        ({"min_p": 1}, {1}),
+    ]:
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=0, **filters))
+        drawn = [sampler(row(1, 5, -3, 4), np.array([0])) for _ in range(200)]
+        assert set(drawn) == allowed
+        assert min(drawn.count(token) for token in allowed) > 25
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-39, 1e39, 1e308])
+def test_a_huge_penalty_leaves_numbers(penalty):
+    penalised = apply_repetition_penalty(row(2, -2, 0, 1), np.array([0, 1, 2]), penalty)
+    assert np.isfinite(penalised).all()
+    assert (penalised[0] > penalised[3]) == (penalty < 1)
 
 
 def test_default_is_greedy():
@@ -184,8 +228,13 @@ def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": True}, "temperature is True"),
+        ({"temperature": np.True_}, "temperature is np.True_"),
+        ({"temperature": np.float32(-1)}, "temperature is np.float32(-1.0)"),
+        ({"temperature": 10**400}, "temperature is 10000"),
         ({"top_k": -1}, "top_k is -1, not an integer of at least 0"),
         ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": np.True_}, "top_k is np.True_"),
+        ({"top_k": np.float32(5)}, "top_k is np.float32(5.0)"),
         ({"top_p": 0}, "top_p is 0, not a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": 1.1}, "min_p is 1.1, not a number from 0 to 1"),
@@ -213,3 +262,27 @@ def test_all_faults_are_told_at_once():
 
 def test_a_single_stop_string_is_not_taken_apart():
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+def test_numpy_numbers_are_kept_as_pythons_own():
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(5),
+        top_p=np.float16(0.5),
+        min_p=np.int32(0),
+        repetition_penalty=np.float64(1.5),
+        seed=np.uint8(7),
+        max_new_tokens=np.int32(3),
+        stop_token_ids=[np.int64(2), 3],
+    )
+    expected = SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        top_p=0.5,
+        repetition_penalty=1.5,
+        seed=7,
+        max_new_tokens=3,
+        stop_token_ids=(2, 3),
+    )
+    assert params == expected
+    assert repr(params) == repr(expected)

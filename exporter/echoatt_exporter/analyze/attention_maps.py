@@ -36,7 +36,7 @@ class _MapCollector(MaterializedAttention):
 @contextlib.contextmanager
 def _lent(teacher: PreTrainedModel) -> Iterator[None]:
     """The teacher in evaluation mode with EchoAtt's attention; as it was afterwards."""
-    implementation = teacher.config._attn_implementation
+    implementation = teacher.config._attn_implementation  # noqa: SLF001  # it has no public name
     training = [module for module in teacher.modules() if module.training]
     try:
         with quiet_transformers():

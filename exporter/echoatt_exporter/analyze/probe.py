@@ -205,7 +205,7 @@ class PlanProbe:
     def _attending(self, plan: SharingPlan) -> Iterator[None]:
         """Give the teacher a student's attention, and take it back."""
         config = self.teacher.config
-        implementation = config._attn_implementation
+        implementation = config._attn_implementation  # noqa: SLF001  # it has no public name
         training = [module for module in self.teacher.modules() if module.training]
         kept = {
             layer: getattr(self._layers[layer], self._attention_name) for layer in plan.followers

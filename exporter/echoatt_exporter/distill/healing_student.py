@@ -102,7 +102,8 @@ def block_outputs(forward: Any, model: EchoAttForCausalLM, input_ids: torch.Tens
         model: A student; of a teacher, the unshared one.
         input_ids: [B, S], without padding.
     """
-    recomputed = model.decoder.config._attn_implementation == RECOMPUTED_NAME
+    chosen = model.decoder.config._attn_implementation  # noqa: SLF001  # it has no public name
+    recomputed = chosen == RECOMPUTED_NAME
     shared = (RecomputedAttention if recomputed else MaterializedAttention)(model.sources)
     output = forward(
         input_ids=input_ids,

@@ -96,7 +96,7 @@ def training_arguments(config: DistillConfig, stage: Stage, directory: Path) -> 
         log_level_replica="critical",
     )
     if arguments.n_gpu > 1:  # one process drives one GPU; torchrun starts more
-        arguments._n_gpu = 1
+        arguments._n_gpu = 1  # noqa: SLF001  # no argument sets it
     return arguments
 
 

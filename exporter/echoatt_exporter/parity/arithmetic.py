@@ -98,14 +98,15 @@ def _replaced(module: nn.Module, replace: _Replace) -> Iterator[None]:
     own: dict[str, nn.Parameter | None] = {}
 
     def before(_module: nn.Module, _arguments: Any) -> None:
-        own.update(module._parameters)
+        own.update(module._parameters)  # noqa: SLF001  # torch has no other way to lend one
         for name, weight in own.items():
             if weight is not None:
                 # Not an nn.Parameter: it must not be found by anything that lists those
-                module._parameters[name] = replace(name, weight)  # type: ignore[assignment]
+                lent = replace(name, weight)
+                module._parameters[name] = lent  # type: ignore[assignment]  # noqa: SLF001
 
     def after(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-        module._parameters.update(own)
+        module._parameters.update(own)  # noqa: SLF001
         own.clear()
 
     hooks = (

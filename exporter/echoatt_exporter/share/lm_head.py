@@ -35,7 +35,9 @@ def head_of(decoder: PreTrainedModel) -> Head:
         A function from hidden states [B, S, E] after the final norm to logits [B, S, V].
     """
     head = copy.copy(decoder)
-    head._modules = {**decoder._modules, decoder.base_model_prefix: _NoLayers()}
+    # Setting the submodule by its name would change the decoder's own, which the copy shares
+    modules = {**decoder._modules, decoder.base_model_prefix: _NoLayers()}  # noqa: SLF001
+    head._modules = modules  # noqa: SLF001
 
     def logits(hidden_BSE: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = head(inputs_embeds=hidden_BSE).logits

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
+import signal
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import onnx
-import onnxruntime
 
-from echoatt_exporter.errors import ContractError
+from echoatt_exporter.errors import ContractError, ExportError
+from echoatt_exporter.graph.checks import load_file
 from echoatt_runtime.errors import one_line
 from echoatt_runtime.ort import PROVIDERS
 
-_WARNING = 2
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -31,7 +27,8 @@ def check_file(path: str | Path, provider: str | None = PROVIDERS["cpu"]) -> Non
             there is no GPU (the CPU provider has no bfloat16 MatMul).
 
     Raises:
-        ContractError: The checker refuses it, ONNX Runtime cannot load it, or warns.
+        ContractError: The checker refuses it, ONNX Runtime cannot load it, warns or crashes.
+        ExportError: There is too little memory to load it, or no process to load it in.
     """
     name = Path(path).name
     try:
@@ -43,42 +40,53 @@ def check_file(path: str | Path, provider: str | None = PROVIDERS["cpu"]) -> Non
 
 
 def _load(path: str | Path, provider: str) -> None:
-    """Load a model file, and raise if that fails or writes a warning."""
+    """Load a model file in a process of its own, and raise if that fails or writes a warning.
+
+    In this process the words of ONNX Runtime could not be told from those of a progress bar, and a
+    file that crashes ONNX Runtime would end the export without a word.
+    """
     name = Path(path).name
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _WARNING
-    # The file is what is checked, and not what ONNX Runtime makes of it: left to itself it would
-    # convert a 16-bit model's weights to float32 for the CPU, three times the file in memory.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    with _stderr_to_file() as log:
-        failure: Exception | None = None
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        # ONNX Runtime raises many types, which share no base but Exception
-        except Exception as error:  # noqa: BLE001
-            failure = error
-        log.seek(0)
-        warnings = _COLOUR.sub("", log.read().decode(errors="replace")).strip()
-    if failure is not None:
-        raise ContractError(f"ONNX Runtime does not load {name}: {one_line(failure)}") from failure
-    if warnings:
-        first, *others = warnings.splitlines()
+    # -P: what lies beside the program is no package to import from
+    command = [sys.executable, "-P", load_file.__file__, str(path), provider]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)  # noqa: S603
+    except OSError as error:
+        raise ExportError(
+            f"{name} cannot be checked: no process starts to load it ({one_line(error)})"
+        ) from error
+    started, mark, judged = done.stderr.partition(load_file.MARK)
+    words = _lines(judged.partition(load_file.MARK)[0] if mark else started)
+    refusal = " ".join(done.stdout.decode(errors="replace").split())
+    if done.returncode == load_file.REFUSED:
+        raise ContractError(f"ONNX Runtime does not load {name}: {refusal}")
+    if done.returncode == load_file.NO_MEMORY:
+        raise ExportError(
+            f"the memory does not suffice to load {name} into ONNX Runtime ({refusal}); free some,"
+            " or export on a larger machine"
+        )
+    if done.returncode != 0:
+        raise _end_error(name, done.returncode, f" ({words[-1]})" if words else "")
+    if words:
+        first, *others = words
         more = f" (and {len(others)} lines more)" if others else ""
         raise ContractError(f"ONNX Runtime warns about {name}: {first}{more}")
 
 
-@contextlib.contextmanager
-def _stderr_to_file() -> Iterator[IO[bytes]]:
-    """Send what this process's native code writes to descriptor 2 into a file."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                yield file
-            finally:
-                os.dup2(saved, 2)
-    finally:
-        os.close(saved)
+def _end_error(name: str, code: int, last: str) -> ExportError:
+    """What to raise where the process ended before it had an answer."""
+    if code == -signal.SIGKILL:
+        return ExportError(
+            f"the process that loads {name} into ONNX Runtime was killed, most likely for want of"
+            f" memory{last}; free some, or export on a larger machine"
+        )
+    if code < 0:
+        return ContractError(
+            f"ONNX Runtime crashes when it loads {name}: {signal.strsignal(-code)}{last}"
+        )
+    return ExportError(
+        f"{name} cannot be checked: the process that loads it ended with {code}{last}"
+    )
+
+
+def _lines(words: bytes) -> list[str]:
+    return _COLOUR.sub("", words.decode(errors="replace")).strip().splitlines()
