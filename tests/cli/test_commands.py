@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from echoatt_cli import main
 from echoatt_exporter import EchoAttForCausalLM, rewrite_bundle
 from echoatt_exporter.trace.tracer import trace_student
-from echoatt_runtime import Manifest
+from echoatt_runtime.contract import Specification
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_generate_streams_the_continuation(shared: Path, run: Run) -> None:
         (("generate", "{bundle}", ""), "prompt"),
         (("generate", "{bundle}", "a", "--top-p", "7"), "top_p"),
         (("generate", "{bundle}", "a", "--device", "npu"), "npu"),
-        (("generate", "{bundle}", "a", "--device", "cuda"), "CUDA"),
+        (("generate", "{bundle}", "a", "--device", "cuda"), "lowered for cpu"),
         (("generate", "{bundle}", "a", "--chat"), "template"),
     ],
 )
@@ -263,10 +263,10 @@ def test_export_that_differs_from_pytorch_exits_1_and_publishes_nothing(
 ) -> None:
     """The graph is traced from a model whose layer 1 is no longer the one that PyTorch ran."""
 
-    def trace_another(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
+    def trace_another(student: EchoAttForCausalLM, specification: Specification) -> ir.Model:
         weight = student.get_parameter("decoder.model.layers.1.self_attn.v_proj.weight")
         weight.data.mul_(1.01)
-        return trace_student(student, manifest)
+        return trace_student(student, specification)
 
     monkeypatch.setattr("echoatt_exporter.export.trace_student", trace_another)
     code, out, err = run("export", checkpoint, tmp_path / "o.onnx")

@@ -22,13 +22,13 @@ from echoatt_exporter import (
     ParityError,
     PlanError,
     SharingPlan,
-    bundle,
     export_bundle,
     rewrite_bundle,
 )
+from echoatt_exporter.bundle import write
 from echoatt_exporter.bundle.write import BundlePath, copy_checkpoint_files, write_bundle
 from echoatt_runtime import BundleError, BundleNotFoundError, EchoModel
-from echoatt_runtime.executor.session import read_manifest
+from echoatt_runtime.bundle import Bundle, read_manifest
 
 PAIRS = "2:1,3:1"
 
@@ -42,8 +42,9 @@ def test_published_bundle_is_verified_and_says_by_what(unshared_bundle: Path) ->
     assert manifest.verification is not None
     assert manifest.verification.passed
     assert manifest.verification.provider == "CPUExecutionProvider"
-    assert manifest.weights_file == "tiny.onnx.data"
-    assert manifest.weights_bytes == unshared_bundle.with_name("tiny.onnx.data").stat().st_size
+    assert manifest.weights.name == "tiny.onnx.data"
+    assert [file.name for file in manifest.companions] == ["config.json", "generation_config.json"]
+    assert Bundle.open(unshared_bundle, verify=True).manifest == manifest
     assert not list(unshared_bundle.parent.glob(".echoatt-*"))
 
 
@@ -51,7 +52,7 @@ def test_rewritten_bundle_does_not_claim_to_be_verified(
     unshared_bundle: Path, tmp_path: Path
 ) -> None:
     report = rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", PAIRS)
-    assert report.manifest.sources == (0, 1, 1, 1)
+    assert report.manifest.specification.plan.sources == (0, 1, 1, 1)
     assert read_manifest(tmp_path / "out.onnx").verification is None
 
 
@@ -75,7 +76,7 @@ def test_force_replaces_a_bundle(unshared_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     rewrite_bundle(unshared_bundle, out, "2:1")
     rewrite_bundle(unshared_bundle, out, PAIRS, force=True)
-    assert EchoModel.load(out).manifest.sources == (0, 1, 1, 1)
+    assert EchoModel.load(out).manifest.specification.plan.sources == (0, 1, 1, 1)
 
 
 def test_another_models_tokenizer_is_not_replaced(unshared_bundle: Path, tmp_path: Path) -> None:
@@ -88,8 +89,8 @@ def test_another_models_tokenizer_is_not_replaced(unshared_bundle: Path, tmp_pat
 def test_two_bundles_of_one_model_share_a_directory(unshared_bundle: Path, tmp_path: Path) -> None:
     rewrite_bundle(unshared_bundle, tmp_path / "a.onnx", "2:1")
     rewrite_bundle(unshared_bundle, tmp_path / "b.onnx", PAIRS)
-    assert EchoModel.load(tmp_path / "a.onnx").manifest.sources == (0, 1, 1, 3)
-    assert EchoModel.load(tmp_path / "b.onnx").manifest.sources == (0, 1, 1, 1)
+    assert EchoModel.load(tmp_path / "a.onnx").manifest.specification.plan.sources == (0, 1, 1, 3)
+    assert EchoModel.load(tmp_path / "b.onnx").manifest.specification.plan.sources == (0, 1, 1, 1)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -113,12 +114,12 @@ rewrite_bundle({str(unshared_bundle)!r}, {str(out)!r}, {PAIRS!r}, force={force},
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     if force:
-        assert EchoModel.load(out).manifest.sources == (0, 1, 1, 3)
+        assert EchoModel.load(out).manifest.specification.plan.sources == (0, 1, 1, 3)
     else:
         with pytest.raises(BundleNotFoundError):
             EchoModel.load(out)
     rewrite_bundle(unshared_bundle, out, PAIRS, force=force)
-    assert EchoModel.load(out).manifest.sources == (0, 1, 1, 1)
+    assert EchoModel.load(out).manifest.specification.plan.sources == (0, 1, 1, 1)
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2, 3])
@@ -150,14 +151,14 @@ def test_death_while_publishing_never_pairs_a_model_with_foreign_weights(
 def test_bundle_that_fails_its_verification_is_not_published(
     unshared_bundle: Path, tmp_path: Path
 ) -> None:
-    def fail(path: Path) -> None:
-        assert path.is_file()
+    def fail(staged: Bundle) -> None:
+        assert staged.model.is_file()
         raise ParityError("different")
 
     with pytest.raises(ParityError):
         write_bundle(
             ir.load(unshared_bundle),
-            read_manifest(unshared_bundle),
+            read_manifest(unshared_bundle).specification,
             BundlePath.of(tmp_path / "out.onnx"),
             lambda _: None,
             force=False,
@@ -178,7 +179,7 @@ def test_tokenizer_that_does_not_load_is_not_left_out_in_silence(tmp_path: Path)
 def test_full_disk_is_told_before_writing(
     unshared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ExportError, match="make room"):
         rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", PAIRS)
     assert _files(tmp_path) == {}
@@ -190,7 +191,7 @@ def test_disk_that_fills_up_while_writing_loses_nothing(
     def no_room(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle.ir, "save", no_room)
+    monkeypatch.setattr(write.ir, "save", no_room)
     with pytest.raises(ExportError, match="no room left on the disk"):
         rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", PAIRS)
     assert _files(tmp_path) == {}
@@ -248,7 +249,7 @@ def test_half_precision_is_refused_for_the_cpu_with_the_reason(tmp_path: Path, d
 
 def test_report_as_json_holds_manifest_and_passes(unshared_bundle: Path, tmp_path: Path) -> None:
     report = json.loads(rewrite_bundle(unshared_bundle, tmp_path / "out.onnx", PAIRS).to_json())
-    assert report["manifest"]["sources"] == [0, 1, 1, 1]
+    assert report["manifest"]["specification"]["plan"]["sources"] == [0, 1, 1, 1]
     removed = sum(
         entry["before"]["parameters"] - entry["after"]["parameters"] for entry in report["passes"]
     )

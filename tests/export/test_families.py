@@ -27,7 +27,9 @@ def _export_and_rewrite(checkpoint: Path, plan: SharingPlan, directory: Path) ->
     """Both ratios on one route: export unshared, then share in the graph; each against PyTorch."""
     unshared, rewritten = directory / "unshared.onnx", directory / "rewritten.onnx"
     report = export_bundle(checkpoint, unshared)
-    assert report.manifest.sources == SharingPlan.unshared(plan.num_layers).sources
+    assert (
+        report.manifest.specification.plan.sources == SharingPlan.unshared(plan.num_layers).sources
+    )
     assert report.parity is not None
     assert report.parity.passed
     rewrite = rewrite_bundle(unshared, rewritten, plan)

@@ -22,7 +22,11 @@ def test_a_bundle_remembers_the_order_that_its_teacher_was_given(tmp_path: Path)
     load_shared(teacher, PLAN).save_pretrained(student)
 
     report = export_bundle(teacher, tmp_path / "bundle", PLAN)
-    assert report.manifest.head_orders == moved_heads(teacher, PLAN) == PLAN.head_orders
+    assert (
+        report.manifest.specification.plan.head_orders
+        == moved_heads(teacher, PLAN)
+        == PLAN.head_orders
+    )
     assert report.parity is not None
     assert report.parity.passed
     for directory, plan in ((teacher, None), (teacher, PLAN), (student, None), (student, PLAN)):
@@ -35,7 +39,9 @@ def test_a_bundle_remembers_the_order_that_its_teacher_was_given(tmp_path: Path)
     assert moved_heads(student, PLAN) == ()
     model = ir.load(report.model)
     manifest = Manifest.from_json(model.metadata_props[METADATA_KEY])
-    model.metadata_props[METADATA_KEY] = dataclasses.replace(manifest, head_orders=()).to_json()
+    specification = dataclasses.replace(manifest.specification, plan=SharingPlan(PLAN.sources))
+    manifest = dataclasses.replace(manifest, specification=specification)
+    model.metadata_props[METADATA_KEY] = manifest.to_json()
     ir.save(model, report.model)
     assert check_parity(student, report.model, max_context=20).passed
     assert check_parity(teacher, report.model, PLAN, max_context=20).passed

@@ -171,6 +171,8 @@ def copy_companions(bundle: Bundle, target: Path) -> None:
 
 
 def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], None]) -> None:
+    # A graph read from a bundle brings that bundle's
+    model.metadata_props.pop(METADATA_KEY, None)
     done = 0
 
     def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
