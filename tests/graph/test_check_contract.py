@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,20 +11,18 @@ from echoatt_exporter.graph import (
 )
 from echoatt_exporter.graph.attention import find_attention
 from echoatt_exporter.graph.branches import branches
-from echoatt_runtime.contract import METADATA_KEY
 
 PLAN = (0, 1, 1, 0)
 
 
 @pytest.fixture
 def shared(decoder):
-    """A graph that keeps the contract, and its manifest."""
+    """A graph that keeps the contract, and its specification."""
     model = decoder().build()
-    manifest = decoder().manifest(PLAN)
+    specification = decoder().specification(PLAN)
     RewireProbabilities(PLAN)(model)
     RemoveDeadBranches(PLAN)(model)
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
-    return model, manifest
+    return model, specification
 
 
 def value_named(values, name):
@@ -34,15 +30,10 @@ def value_named(values, name):
 
 
 def test_a_graph_that_keeps_the_contract_passes_and_is_not_touched(shared, ops):
-    model, manifest = shared
+    model, specification = shared
     before = ops(model)
-    assert not CheckContract(manifest)(model).modified
+    assert not CheckContract(specification)(model).modified
     assert ops(model) == before
-
-
-def test_what_the_file_and_its_verification_settle_later_may_differ(shared):
-    model, manifest = shared
-    CheckContract(dataclasses.replace(manifest, weights_bytes=1234))(model)
 
 
 def rename_input(model):
@@ -150,19 +141,6 @@ def foreign_domain(model):
     model.graph.opset_imports["com.example"] = 1
 
 
-def no_manifest(model):
-    del model.metadata_props[METADATA_KEY]
-
-
-def broken_manifest(model):
-    model.metadata_props[METADATA_KEY] = "{"
-
-
-def other_manifest(model):
-    text = model.metadata_props[METADATA_KEY]
-    model.metadata_props[METADATA_KEY] = text.replace("tiny", "other").replace("llama", "qwen2")
-
-
 @pytest.mark.parametrize(
     ("break_it", "faults"),
     [
@@ -197,65 +175,61 @@ def other_manifest(model):
             foreign_domain,
             ["operator set com.example is imported", "nodes of the domain com.example are used"],
         ),
-        (no_manifest, ["the metadata has no echoatt.manifest"]),
-        (broken_manifest, ["is not JSON"]),
-        (other_manifest, ["the metadata's manifest differs in family, source_checkpoint"]),
     ],
 )
 def test_every_breach_is_named(shared, break_it, faults):
-    model, manifest = shared
+    model, specification = shared
     break_it(model)
     with pytest.raises(ContractError) as error:
-        CheckContract(manifest)(model)
+        CheckContract(specification)(model)
     for fault in faults:
         assert fault in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_all_faults_are_reported_together(shared):
-    model, manifest = shared
-    for break_it in (half_logits, unread_weight, old_opset, no_manifest, own_probabilities):
+    model, specification = shared
+    for break_it in (half_logits, unread_weight, old_opset, own_probabilities):
         break_it(model)
     with pytest.raises(ContractError) as error:
-        CheckContract(manifest)(model)
-    for fault in ("FLOAT16", "stray", "is 23", "no echoatt.manifest", "layer 2 does not read"):
+        CheckContract(specification)(model)
+    for fault in ("FLOAT16", "stray", "is 23", "layer 2 does not read"):
         assert fault in str(error.value)
 
 
 def test_a_fused_weight_that_was_cut_to_its_values_is_no_query_or_key_weight(shared):
-    model, manifest = shared
+    model, specification = shared
     add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight.cut")
     with pytest.raises(ContractError, match="nothing reads the initializer") as error:
-        CheckContract(manifest)(model)
+        CheckContract(specification)(model)
     assert "query or key" not in str(error.value)
 
 
 def test_a_sources_weights_are_no_fault(shared):
-    model, manifest = shared
+    model, specification = shared
     assert "model.layers.1.self_attn.q_proj.weight" in model.graph.initializers
-    CheckContract(manifest)(model)
+    CheckContract(specification)(model)
 
 
 @pytest.mark.parametrize(
     ("dtype", "element_type"),
     [("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16), ("int4", ir.DataType.FLOAT)],
 )
-def test_cache_types_follow_the_dtype_and_logits_stay_float32(shared, dtype, element_type):
-    model, manifest = shared
-    manifest = dataclasses.replace(manifest, dtype=dtype)
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
+def test_cache_types_follow_the_dtype_and_logits_stay_float32(shared, decoder, dtype, element_type):
+    model, specification = shared
+    specification = decoder().specification(PLAN, dtype)
     if element_type != ir.DataType.FLOAT:
         with pytest.raises(ContractError, match=r"past_key_values\.0\.key is FLOAT, expected"):
-            CheckContract(manifest)(model)
+            CheckContract(specification)(model)
     for value in (*model.graph.inputs[3:], *model.graph.outputs[1:]):
         value.type = ir.TensorType(element_type)
-    CheckContract(manifest)(model)
+    CheckContract(specification)(model)
 
 
 def test_followers_are_checked_through_branches(shared):
-    model, manifest = shared
+    model, specification = shared
     SplitDecode()(model)
-    CheckContract(manifest)(model)
+    CheckContract(specification)(model)
     context = find_attention(model.graph, 2).context
     mine, other = (find_attention(model.graph, layer).probabilities for layer in (2, 0))
     for number, branch in enumerate(branches(context)):
@@ -264,4 +238,4 @@ def test_followers_are_checked_through_branches(shared):
                 node.replace_input_with(index, other)
         fault = ("probabilities, or other ones", "layer 2 does not read the probabilities of")
         with pytest.raises(ContractError, match=fault[number]):
-            CheckContract(manifest)(model)
+            CheckContract(specification)(model)

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import numpy as np
@@ -14,7 +13,6 @@ from echoatt_exporter.graph import (
     export_pipeline,
     run_pipeline,
 )
-from echoatt_runtime.contract import METADATA_KEY
 from echoatt_runtime.errors import PlanError
 
 PLAN = (0, 1, 1, 0)
@@ -27,9 +25,7 @@ def export(decoder):
 
     def build(tiny, plan=None, dtype="fp32", model=None):
         model = tiny.build() if model is None else model
-        manifest = tiny.manifest(plan, dtype)
-        model.metadata_props[METADATA_KEY] = manifest.to_json()
-        return model, run_pipeline(model, export_pipeline(manifest))
+        return model, run_pipeline(model, export_pipeline(tiny.specification(plan, dtype)))
 
     return build
 
@@ -97,9 +93,8 @@ def test_a_shared_bundle_loses_exactly_the_followers_weights(decoder, export, dt
 
 def test_a_graph_for_a_gpu_has_no_branches(decoder, ops):
     tiny = decoder()
-    model, manifest = tiny.build(), dataclasses.replace(tiny.manifest(), device="cuda")
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
-    run_pipeline(model, export_pipeline(manifest))
+    model = tiny.build()
+    run_pipeline(model, export_pipeline(tiny.specification(device="cuda")))
     assert "If" not in ops(model)
 
 
@@ -141,9 +136,7 @@ def test_reports_follow_on_and_every_step_says_why(decoder, export):
     seen = []
     tiny = decoder()
     model = tiny.build()
-    manifest = tiny.manifest(PLAN)
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
-    steps = export_pipeline(manifest)
+    steps = export_pipeline(tiny.specification(PLAN))
     first = GraphSize.of(model)
     reports = run_pipeline(model, steps, on_step=lambda step: seen.append(step.name))
     assert seen == [report.name for report in reports] == [step.name for step in steps]
@@ -182,7 +175,7 @@ def test_a_refusal_of_a_pass_is_handed_on(decoder):
     broken = tiny.build()
     broken.graph.outputs[0].name = "scores"
     with pytest.raises(ContractError, match="outputs missing: logits"):
-        run_pipeline(broken, export_pipeline(tiny.manifest()))
+        run_pipeline(broken, export_pipeline(tiny.specification()))
 
 
 def test_an_unforeseen_failure_names_the_pass(decoder):
@@ -195,10 +188,7 @@ def test_an_unforeseen_failure_names_the_pass(decoder):
     assert "\n" not in str(error.value)
 
 
-def test_a_manifest_of_another_model_is_refused(decoder, export):
-    tiny = decoder()
-    model = tiny.build()
-    manifest = dataclasses.replace(tiny.manifest(), num_kv_heads=4)
-    model.metadata_props[METADATA_KEY] = manifest.to_json()
+def test_a_specification_of_another_model_is_refused(decoder):
+    other = decoder(kv_heads=4).specification()
     with pytest.raises(ContractError, match=r"has shape \[batch,2,capacity,4\], expected"):
-        run_pipeline(model, export_pipeline(manifest))
+        run_pipeline(decoder().build(), export_pipeline(other))

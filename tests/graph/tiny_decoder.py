@@ -16,10 +16,11 @@ import onnx.parser
 import onnx_ir as ir
 
 from echoatt_runtime.contract import (
-    METADATA_KEY,
-    Manifest,
+    DTYPES,
+    SharingPlan,
     SourceCheckpoint,
-    capacity_axis,
+    Specification,
+    lay_out_caches,
 )
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "com.microsoft" : 1]>\n'
@@ -76,7 +77,7 @@ class Decoder:
             "int64[batch,n] logits_indices",
         ]
         outputs = [f"float[batch,n,{self.vocab}] logits"]
-        axis = capacity_axis(self.capacity_from)
+        axis = 2 if self.capacity_from.endswith("key") else 3
         prelude = _PRELUDE.replace("AXIS", str(axis)).replace("END", str(axis + 1))
         body = [prelude.replace("CAPACITY", _quote(self.capacity_from))]
         for layer in range(len(self.sources)):
@@ -102,9 +103,7 @@ class Decoder:
             f"decoder ({', '.join(inputs + declared)}) => ({', '.join(outputs)})\n"
             f"<{_constants(self)}>\n{{\n{''.join(body)}}}"
         )
-        model = model_from_text(text, weights)
-        model.metadata_props[METADATA_KEY] = self.manifest().to_json()
-        return model
+        return model_from_text(text, weights)
 
     def _layer(self, layer: int, N: int, weight: Callable[..., str], declared: list[str]) -> str:
         H, D, C = self.query_heads, self.head_dim, self.hidden
@@ -202,29 +201,31 @@ class Decoder:
             f"x{layer + 1} = Add({p}x, {p}d)\n"
         )
 
-    def manifest(self, sources: Sequence[int] | None = None, dtype: str = "fp32") -> Manifest:
-        plan = tuple(self.sources if sources is None else sources)
-        return Manifest(
-            exporter_version="0.1.0",
+    def specification(
+        self, sources: Sequence[int] | None = None, dtype: str = "fp32", device: str = "cpu"
+    ) -> Specification:
+        plan = SharingPlan(tuple(self.sources if sources is None else sources))
+        count = plan.num_layers
+        kv_heads = tuple((self.kv_heads_of or {}).get(i, self.kv_heads) for i in range(count))
+        head_dims = (self.head_dim,) * count
+        element_type = DTYPES[dtype].compute.name
+        return Specification(
             family="llama",
-            sources=plan,
-            head_orders=(),
-            layer_kinds=("full",) * len(plan),
+            plan=plan,
+            layer_kinds=("full",) * count,
             sliding_window=None,
-            num_query_heads=self.query_heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
+            query_heads=(self.query_heads,) * count,
+            kv_heads=kv_heads,
+            head_dims=head_dims,
             vocab_size=self.vocab,
             context_length=64,
             dtype=dtype,
-            device="cpu",
+            device=device,
+            caches=lay_out_caches(plan, kv_heads, head_dims, element_type),
             bos_token_id=1,
             eos_token_ids=(2,),
             pad_token_id=None,
-            weights_file="model.onnx.data",
-            weights_bytes=0,
             source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
-            verification=None,
         )
 
     def feeds(self, tokens: int = 3) -> dict[str, np.ndarray]:
@@ -235,11 +236,9 @@ class Decoder:
             "past_lengths": np.array([5, 2]),
             "logits_indices": np.array([[2, 0], [1, 2]]) % tokens,
         }
-        for layer in range(len(self.sources)):
-            for kind in ("key", "value"):
-                name = f"past_key_values.{layer}.{kind}"
-                shape = (2, *self.manifest().cache_dims(name, 12))
-                feeds[name] = rng.standard_normal(shape).astype(np.float32)
+        unshared = range(len(self.sources))
+        for cache in self.specification(unshared).caches:
+            feeds[cache.past_name] = rng.standard_normal(cache.shape(2, 12)).astype(np.float32)
         return feeds
 
 
