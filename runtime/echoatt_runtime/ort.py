@@ -47,6 +47,7 @@ PROVIDERS: Final[Mapping[str, str]] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
 }
+_WARNINGS: Final = 2
 _ERRORS_ONLY: Final = 3
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
@@ -127,6 +128,7 @@ class SessionOptions:
         threads: CPU threads that one operator may use; None leaves it to ONNX Runtime.
         optimise: Whether ONNX Runtime may change the graph.
         prepack: Whether kernels may repack weights.
+        warn: Whether ONNX Runtime writes warnings to standard error, and not errors alone.
         weights_folder: Where a model given as bytes has its weight file.
         weights: Weights that take the place of those in the file.
         libraries: Custom operators, as shared libraries.
@@ -138,6 +140,7 @@ class SessionOptions:
     threads: int | None = None
     optimise: bool = True
     prepack: bool = True
+    warn: bool = False
     weights_folder: Path | None = None
     weights: SharedWeights | None = None
     libraries: Sequence[Path] = ()
@@ -204,7 +207,7 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
 def _settings(ort: ModuleType, options: SessionOptions) -> tuple[Any, list[Any]]:
     """ONNX Runtime's own options, and what has to live as long as the session."""
     settings = ort.SessionOptions()
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = _WARNINGS if options.warn else _ERRORS_ONLY
     # A decoder is one chain of operators: nothing to run side by side, all threads to each.
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.inter_op_num_threads = 1

@@ -34,7 +34,7 @@ from echoatt_runtime.contract import (
     Specification,
     Verification,
 )
-from echoatt_runtime.ort import PROVIDERS, has_cuda
+from echoatt_runtime.ort import has_cuda
 
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
 _CONFIG_FILES = ("config.json", "generation_config.json")
@@ -132,7 +132,7 @@ def write_bundle(
         )
         bare = staged.model.stat().st_size
         _stamp(staged.model, bare, manifest)
-        check_file(staged.model, _checking_provider(specification))
+        check_file(staged.model, _checking_device(specification))
         verification = verify(Bundle.open(staged.model, verify=True))
         manifest = dataclasses.replace(manifest, verification=verification)
         _stamp(staged.model, bare, manifest)
@@ -193,12 +193,12 @@ def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], N
     staged.weights.touch()
 
 
-def _checking_provider(specification: Specification) -> str | None:
-    """The execution provider that loads the written file for the check."""
+def _checking_device(specification: Specification) -> str | None:
+    """The device that loads the written file for the check."""
     if specification.device == "cuda" and has_cuda():
-        return PROVIDERS["cuda"]
-    # The CPU provider has no bfloat16 MatMul
-    return None if specification.dtype == "bf16" else PROVIDERS["cpu"]
+        return "cuda"
+    # ONNX Runtime's CPU provider has no bfloat16 MatMul
+    return None if specification.dtype == "bf16" else "cpu"
 
 
 def _stamp(path: Path, bare: int, manifest: Manifest) -> None:

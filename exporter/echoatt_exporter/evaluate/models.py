@@ -26,7 +26,7 @@ from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import MODEL_FILE
 from echoatt_runtime.errors import DamagedBundleError
 from echoatt_runtime.executor import Executor, open_executor, run_texts
-from echoatt_runtime.text.tokenizer import TOKENIZER_FILE
+from echoatt_runtime.text import TOKENIZER_FILE
 
 
 @dataclass(frozen=True, slots=True)

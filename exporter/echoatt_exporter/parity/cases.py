@@ -17,7 +17,7 @@ import numpy as np
 from echoatt_runtime.cache import BUCKET
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.executor import Integers
-from echoatt_runtime.text.tokenizer import TOKENIZER_FILE, TextTokenizer
+from echoatt_runtime.text import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914
 _PREFILL_TOKENS = 40

@@ -16,6 +16,7 @@ from echoatt_runtime.contract import (
     LOGITS_INDICES,
     PAST_LENGTHS,
 )
+from echoatt_runtime.errors import OutOfMemoryError
 from echoatt_runtime.ort import Binding
 
 Integers = npt.NDArray[np.int64]
@@ -50,6 +51,9 @@ class StepArrays:
             memory: Any memory of that device.
             shape: B, S and n.
             vocab_size: V.
+
+        Raises:
+            OutOfMemoryError: There is no memory left.
         """
         B, S, n = self.shape = shape
         self._host = np.zeros(B * (S + 1 + n), np.int64)
@@ -64,7 +68,13 @@ class StepArrays:
             address = self._device.address + begin * self._host.itemsize
             binding.bind_input(name, device, ELEMENT_TYPES["int64"], dims, address)
             begin += size
-        self.logits = np.empty((B, n, vocab_size), np.float32)
+        try:
+            self.logits = np.empty((B, n, vocab_size), np.float32)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"there is no memory left for the logits of {B * n} tokens; run fewer prompts at"
+                " once, or smaller chunks of them (prefill_chunk)"
+            ) from error
         binding.bind_output(
             LOGITS,
             "cpu",

@@ -13,18 +13,17 @@ import onnx
 from echoatt_exporter.errors import ContractError, ExportError
 from echoatt_exporter.graph.checks import load_file
 from echoatt_runtime.errors import one_line
-from echoatt_runtime.ort import PROVIDERS
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def check_file(path: str | Path, provider: str | None = PROVIDERS["cpu"]) -> None:
+def check_file(path: str | Path, device: str | None = "cpu") -> None:
     """Check a model file with `onnx.checker`, shapes included, and load it into ONNX Runtime.
 
     Args:
         path: The .onnx file, with its external data beside it.
-        provider: The execution provider to load it on; None to leave that out, for bfloat16 where
-            there is no GPU (the CPU provider has no bfloat16 MatMul).
+        device: The device to load it on; None to leave that out, for bfloat16 where there is no GPU
+            (ONNX Runtime's CPU provider has no bfloat16 MatMul).
 
     Raises:
         ContractError: The checker refuses it, ONNX Runtime cannot load it, warns or crashes.
@@ -35,11 +34,11 @@ def check_file(path: str | Path, provider: str | None = PROVIDERS["cpu"]) -> Non
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ContractError(f"{name} is not valid ONNX: {one_line(error)}") from error
-    if provider is not None:
-        _load(path, provider)
+    if device is not None:
+        _load(path, device)
 
 
-def _load(path: str | Path, provider: str) -> None:
+def _load(path: str | Path, device: str) -> None:
     """Load a model file in a process of its own, and raise if that fails or writes a warning.
 
     In this process the words of ONNX Runtime could not be told from those of a progress bar, and a
@@ -47,7 +46,7 @@ def _load(path: str | Path, provider: str) -> None:
     """
     name = Path(path).name
     # -P: what lies beside the program is no package to import from
-    command = [sys.executable, "-P", load_file.__file__, str(path), provider]
+    command = [sys.executable, "-P", load_file.__file__, str(path), device]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)  # noqa: S603
     except OSError as error:
@@ -58,12 +57,9 @@ def _load(path: str | Path, provider: str) -> None:
     words = _lines(judged.partition(load_file.MARK)[0] if mark else started)
     refusal = " ".join(done.stdout.decode(errors="replace").split())
     if done.returncode == load_file.REFUSED:
-        raise ContractError(f"ONNX Runtime does not load {name}: {refusal}")
+        raise ContractError(refusal)
     if done.returncode == load_file.NO_MEMORY:
-        raise ExportError(
-            f"the memory does not suffice to load {name} into ONNX Runtime ({refusal}); free some,"
-            " or export on a larger machine"
-        )
+        raise ExportError(refusal)
     if done.returncode != 0:
         raise _end_error(name, done.returncode, f" ({words[-1]})" if words else "")
     if words:
