@@ -139,6 +139,16 @@ def test_the_teacher_is_left_as_it_was(tiny_model: Models, windows: torch.Tensor
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_losses_that_are_no_number_are_refused(tiny_model: Models, windows: torch.Tensor) -> None:
+    teacher = tiny_model("llama")
+    probe = PlanProbe(teacher, windows)
+    torch.nn.init.constant_(teacher.lm_head.weight, math.inf)
+    with pytest.raises(AnalysisError, match="loss is not a number"):
+        probe.measure(SharingPlan((0, 1, 1, 1, 4, 4)))
+    with pytest.raises(AnalysisError, match="loss is not a number"):
+        PlanProbe(teacher, windows)
+
+
 def test_bad_windows_are_refused(tiny_model: Models) -> None:
     teacher = tiny_model("llama")
     for windows, message in [

@@ -85,7 +85,7 @@ def test_every_token_once_with_the_context_that_its_window_gives(
     assert [done for done, _ in told] == sorted({done for done, _ in told})
 
 
-def test_parts_that_logits_are_made_and_measured_in_do_not_show(
+def test_parts_that_logits_are_made_in_do_not_show(
     tiny_model: Models, plan_for: Models, tokenizer_of: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compare() -> TextComparison:
@@ -96,7 +96,6 @@ def test_parts_that_logits_are_made_and_measured_in_do_not_show(
     student = CheckpointModel(shared, tokenizer_of(True))
     whole = compare()
     monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", 8 * 61 * 3)
-    monkeypatch.setattr(perplexity, "_MEASURED_AT_ONCE", 61 * 5)
     cut = compare()
     np.testing.assert_allclose(cut.score.nats, whole.score.nats, rtol=0, atol=1e-5)
     np.testing.assert_allclose(cut.reference.nats, whole.reference.nats, rtol=0, atol=1e-5)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ from echoatt_exporter.share.modeling_echoatt import (
     MaterializedAttention,
 )
 from echoatt_runtime.contract import SharingPlan
+from echoatt_runtime.measures import kl_divergence, log_probabilities, perplexity
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements.
 _LOGITS_AT_ONCE = 1 << 22
@@ -89,7 +91,8 @@ class PlanProbe:
 
         Raises:
             UnsupportedModelError: The teacher's family is not supported.
-            AnalysisError: Too few windows, too long ones, or token ids that the model lacks.
+            AnalysisError: Too few windows, too long ones, token ids that the model lacks, or a
+                loss that is not a number.
         """
         self.teacher = teacher
         self.architecture = architecture_of(teacher.config)
@@ -106,13 +109,13 @@ class PlanProbe:
         self._outputs: list[torch.Tensor] = []  # by batch: [B, T, E]
         self.measurements = 0
         unshared = SharingPlan.unshared(self.architecture.num_layers)
-        losses = []
+        log_p = []
         with torch.no_grad(), self._attending(unshared):
             for batch_BT in self._batches:
                 with self._recording():
                     self._outputs.append(self._hidden_states(batch_BT, unshared))
-                losses.append(self._teacher_losses(self._outputs[-1], batch_BT))
-        self.teacher_perplexity = math.exp(torch.cat(losses).mean().item())
+                log_p.append(self._teacher_log_p(self._outputs[-1], batch_BT))
+        self.teacher_perplexity = _finite(perplexity(np.concatenate(log_p)))
 
     def _check(self, windows: torch.Tensor) -> None:
         if windows.ndim != 2 or min(windows.shape) < 2:
@@ -142,23 +145,23 @@ class PlanProbe:
 
         Raises:
             PlanError: The plan does not fit the teacher.
+            AnalysisError: The student's loss is not a number.
         """
         self.architecture.validate_plan(plan)
-        divergences, losses = [], []
+        divergences, log_p = [], []
         with self._attending(plan):
             for index, batch_BT in enumerate(self._batches):
                 with self._resuming(plan, index):
                     hidden_BTE = self._hidden_states(batch_BT, plan)
-                kl_BT, loss_BT = self._compare(self._outputs[index], hidden_BTE, batch_BT)
-                divergences.append(kl_BT.mean(dim=1))
-                losses.append(loss_BT)
+                kl_BT, log_p_BT = self._compare(self._outputs[index], hidden_BTE, batch_BT)
+                divergences.append(kl_BT.mean(axis=1))
+                log_p.append(log_p_BT)
         self.measurements += 1
-        kl_W = torch.cat(divergences)
+        kl_W = np.concatenate(divergences)
         return PlanCost(
-            # rounding may leave the least of plans a shade below nothing
-            kl=max(0.0, kl_W.mean().item()),
-            kl_standard_error=kl_W.std().item() / math.sqrt(len(kl_W)),
-            perplexity=math.exp(torch.cat(losses).mean().item()),
+            kl=_finite(float(kl_W.mean())),
+            kl_standard_error=float(kl_W.std(ddof=1)) / math.sqrt(len(kl_W)),
+            perplexity=_finite(perplexity(np.concatenate(log_p))),
             teacher_perplexity=self.teacher_perplexity,
         )
 
@@ -171,25 +174,29 @@ class PlanProbe:
 
     def _compare(
         self, teacher_BTE: torch.Tensor, student_BTE: torch.Tensor, batch_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL [B, T] to the teacher, and the student's loss [B, T-1] on the next token, float64."""
-        divergences, losses = [], []
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """KL [B, T] to the teacher, and the next token's log-probability [B, T-1]."""
+        divergences, log_p = [], []
         rows = zip(*map(self._rows, (teacher_BTE, student_BTE, _next(batch_BT))), strict=True)
         for teacher_RE, student_RE, next_R in rows:
-            teacher_RV, student_RV = map(self._log_probabilities, (teacher_RE, student_RE))
-            divergences.append((teacher_RV.exp() * (teacher_RV - student_RV)).sum(dim=-1).double())
-            losses.append(F.nll_loss(student_RV, next_R, reduction="none").double())
-        kl_BT, loss_BT = (torch.cat(part).view(batch_BT.shape) for part in (divergences, losses))
-        return kl_BT, loss_BT[:, :-1]
+            teacher_RV, student_RV = map(self._logits, (teacher_RE, student_RE))
+            divergences.append(kl_divergence(teacher_RV, student_RV))
+            log_p.append(log_probabilities(student_RV, next_R.cpu().numpy()))
+        kl_BT, log_p_BT = (
+            np.concatenate(part).reshape(batch_BT.shape) for part in (divergences, log_p)
+        )
+        return kl_BT, log_p_BT[:, :-1]
 
-    def _teacher_losses(self, hidden_BTE: torch.Tensor, batch_BT: torch.Tensor) -> torch.Tensor:
-        """The teacher's loss [B, T-1] on the next token, float64."""
+    def _teacher_log_p(
+        self, hidden_BTE: torch.Tensor, batch_BT: torch.Tensor
+    ) -> NDArray[np.float64]:
+        """The teacher's log-probability [B, T-1] of the next token."""
         rows = zip(*map(self._rows, (hidden_BTE, _next(batch_BT))), strict=True)
-        losses = [
-            F.nll_loss(self._log_probabilities(hidden_RE), next_R, reduction="none").double()
+        log_p = [
+            log_probabilities(self._logits(hidden_RE), next_R.cpu().numpy())
             for hidden_RE, next_R in rows
         ]
-        return torch.cat(losses).view(batch_BT.shape)[:, :-1]
+        return np.concatenate(log_p).reshape(batch_BT.shape)[:, :-1]
 
     def _rows(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
         """A tensor [B, T, …] cut into pieces [R, …] for which logits fit in memory."""
@@ -197,9 +204,10 @@ class PlanProbe:
             tokens.flatten(0, 1), max(1, _LOGITS_AT_ONCE // self.architecture.vocab_size)
         )
 
-    def _log_probabilities(self, hidden_RE: torch.Tensor) -> torch.Tensor:
-        """The next token's log-probabilities [R, V], float32."""
-        return F.log_softmax(self._head(hidden_RE[None])[0].float(), dim=-1)
+    def _logits(self, hidden_RE: torch.Tensor) -> NDArray[np.float32]:
+        """The next token's logits [R, V]."""
+        logits_RV: NDArray[np.float32] = self._head(hidden_RE[None])[0].float().cpu().numpy()
+        return logits_RV
 
     @contextmanager
     def _attending(self, plan: SharingPlan) -> Iterator[None]:
@@ -308,6 +316,12 @@ class _AlignedAttention(MaterializedAttention):
 
 def _hidden_size(teacher: PreTrainedModel) -> int:
     return cast(nn.Embedding, teacher.get_input_embeddings()).embedding_dim
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise AnalysisError("the model's loss is not a number: it overflows; try float32")
+    return value
 
 
 def _next(batch_BT: torch.Tensor) -> torch.Tensor:

@@ -12,25 +12,24 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from echoatt_exporter.errors import AnalysisError, TextError
-from echoatt_exporter.evaluate.divergence import next_token_divergence, same_top_token
 from echoatt_exporter.evaluate.models import TextModel, WindowBatch
 from echoatt_exporter.evaluate.score import TextComparison, TextScore
 from echoatt_exporter.texts import Text, encode_texts, leading_tokens
 from echoatt_runtime.executor import PREFILL_CHUNK
+from echoatt_runtime.measures import kl_divergence, log_probabilities, same_top_token
 
 # Logits are made for as many tokens at once as keep one float32 table below this many elements
 _LOGITS_AT_ONCE = 1 << 23
-# And measured in smaller parts, whose float64 tables stay in the processor's reach
-_MEASURED_AT_ONCE = 1 << 20
 
 OnProgress = Callable[[int, int], None]
 # From every model's logits [R, V], and the tokens that came [R], to K numbers [R]
-_Measure = Callable[[Sequence[torch.Tensor], torch.Tensor], Sequence[torch.Tensor]]
+_Measure = Callable[
+    [Sequence[NDArray[np.float32]], NDArray[np.int64]], Sequence[NDArray[np.floating | np.bool_]]
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,19 +250,15 @@ def _sweep(
     windows.sort(key=lambda window: window.begin - window.end)  # long ones first: little padding
     vocab_size = models[0].vocab_size
     chunk = max(1, min(PREFILL_CHUNK, _LOGITS_AT_ONCE // (batch_size * vocab_size)))
-    rows_at_once = max(1, _MEASURED_AT_ONCE // vocab_size)
     scored_N = tokens.scored
     # Made beforehand: small tables that outlive large ones keep malloc from reusing their place
     values_KN = np.full((numbers, len(scored_N)), np.nan, np.float32)
     done = 0
     for at in range(0, len(windows), batch_size):
         for place_R, logits in _run(models, tokens, windows[at : at + batch_size], chunk):
-            for start in range(0, len(place_R), rows_at_once):
-                rows = slice(start, start + rows_at_once)
-                target_R = torch.from_numpy(scored_N[place_R[rows]]).to(logits[0].device)
-                found = measure([logits_RV[rows] for logits_RV in logits], target_R)
-                for value_N, value_R in zip(values_KN, found, strict=True):
-                    value_N[place_R[rows]] = value_R.cpu().numpy()
+            found = measure(logits, scored_N[place_R])
+            for value_N, value_R in zip(values_KN, found, strict=True):
+                value_N[place_R] = value_R
             done += len(place_R)
         if on_progress is not None:
             on_progress(done, len(scored_N))
@@ -274,7 +269,7 @@ def _sweep(
 
 def _run(
     models: Sequence[TextModel], tokens: _Tokens, windows: Sequence[_Window], chunk: int
-) -> Iterator[tuple[NDArray[np.int64], list[torch.Tensor]]]:
+) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
     """For some scored tokens after others, which of the N they are, and all models' logits."""
     lead = tokens.lead
     # A token is predicted at the position before it, and a window's last one is only predicted
@@ -294,19 +289,23 @@ def _run(
                 for positions, origin in zip(wanted, origins, strict=True)
             ]
         )
-        yield place_R, [logits_RV.to(logits[0].device) for logits_RV in logits]
+        yield place_R, [logits_RV.cpu().numpy() for logits_RV in logits]
 
 
-def _losses(logits: Sequence[torch.Tensor], target_R: torch.Tensor) -> list[torch.Tensor]:
+def _losses(
+    logits: Sequence[NDArray[np.float32]], target_R: NDArray[np.int64]
+) -> list[NDArray[np.float64]]:
     """Each model's loss."""
-    return [F.cross_entropy(logits_RV, target_R, reduction="none") for logits_RV in logits]
+    return [-log_probabilities(logits_RV, target_R) for logits_RV in logits]
 
 
-def _comparisons(logits: Sequence[torch.Tensor], target_R: torch.Tensor) -> list[torch.Tensor]:
+def _comparisons(
+    logits: Sequence[NDArray[np.float32]], target_R: NDArray[np.int64]
+) -> list[NDArray[np.float64] | NDArray[np.bool_]]:
     """Both models' losses, how far the first is from the second, and 1 where their tops agree."""
     model_RV, reference_RV = logits
     return [
         *_losses(logits, target_R),
-        next_token_divergence(reference_RV, model_RV),
+        kl_divergence(reference_RV, model_RV),
         same_top_token(reference_RV, model_RV),
     ]

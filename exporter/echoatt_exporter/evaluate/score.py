@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echoatt_exporter.errors import AnalysisError
+from echoatt_runtime.measures import perplexity
 
 LEVEL = 0.95
 _RESAMPLES = 2000
@@ -52,7 +53,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean loss."""
-        return math.exp(self.nats_per_token)
+        return perplexity(-self.nats)
 
     @property
     def bits_per_byte(self) -> float:

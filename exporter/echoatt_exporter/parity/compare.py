@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.cases import Case
@@ -31,8 +30,7 @@ from echoatt_exporter.parity.report import (
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.executor import Executor
-
-_Doubles = npt.NDArray[np.float64]
+from echoatt_runtime.measures import kl_divergence, same_top_token, spread
 
 _ROUNDED = ", rounded weights"
 
@@ -125,10 +123,8 @@ def _compare_case(
 
 
 def _spread(case: Case, texts: Texts) -> float:
-    """The logits' standard deviation over the vocabulary, averaged over the case's positions."""
-    variances = np.concatenate([texts[index].logits.var(axis=1) for index in case.texts])
     # A model whose logits are all equal has no scale of its own
-    return math.sqrt(variances.mean(dtype=np.float64)) or 1.0
+    return spread([texts[index].logits for index in case.texts]) or 1.0
 
 
 class Statistics:
@@ -159,9 +155,9 @@ class Statistics:
         difference = found - expected
         self._max_abs = max(self._max_abs, float(np.abs(difference).max()))
         self._square_sum += float(np.mean(difference**2))
-        log_expected, log_found = _log_softmax(expected), _log_softmax(found)
-        self._kls.append(max(0.0, float(np.exp(log_expected) @ (log_expected - log_found))))
-        if expected.argmax() == found.argmax():
+        rows = expected_V[None], found_V[None]
+        self._kls.append(kl_divergence(*rows).item())
+        if same_top_token(*rows).item():
             self._agreeing += 1
         else:
             self._diverges_at(position)
@@ -190,12 +186,6 @@ class Statistics:
             nan_count=self._nans,
             tolerance=tolerance,
         )
-
-
-def _log_softmax(logits_V: _Doubles) -> _Doubles:
-    shifted = logits_V - logits_V.max()
-    result: _Doubles = shifted - np.log(np.exp(shifted).sum())
-    return result
 
 
 def _locate(
