@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+from tests.wording import says
 
 from echoatt_runtime import DamagedBundleError, ForeignModelError, NewerFormatError
 from echoatt_runtime.contract.manifest import METADATA_KEY, Manifest, Verification
@@ -112,7 +113,7 @@ def test_cache_size_follows_the_dtype(make_manifest, dtype, element_type, elemen
 def test_every_kind_of_fault_is_named(manifest, changes, fault):
     with pytest.raises(DamagedBundleError) as caught:
         Manifest.from_json(edited(manifest, **changes))
-    assert fault in str(caught.value)
+    assert says(str(caught.value), fault)
     assert "\n" not in str(caught.value)
 
 
@@ -121,7 +122,7 @@ def test_all_faults_are_told_at_once(manifest):
     with pytest.raises(DamagedBundleError) as caught:
         Manifest.from_json(text)
     for fault in ("family is not", "itself a follower", "dtype is 'fp8'", "head_dim is missing"):
-        assert fault in str(caught.value)
+        assert says(str(caught.value), fault)
 
 
 def test_an_inconsistent_manifest_cannot_be_made(manifest):
