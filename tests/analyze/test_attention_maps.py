@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_models import SLIDING_WINDOW, TINY_MODELS, VOCAB_SIZE, every_family
+from tests.wording import whole
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -87,7 +88,7 @@ def test_teacher_is_left_as_it_was(
     if words is None:
         assert attention_maps(teacher, window).equal(expected)  # no dropout
     else:
-        with pytest.raises(AnalysisError, match=words) as caught:
+        with pytest.raises(AnalysisError, match=whole(words)) as caught:
             attention_maps(teacher, window)
         assert "\n" not in str(caught.value)
     assert teacher.config._attn_implementation == "eager"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_models import SLIDING_WINDOW, TINY_MODELS, every_family
+from tests.wording import whole
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
     plan = SharingPlan.unshared(22)
     with pytest.raises(AnalysisError, match="a context of 2049 tokens is outside"):
         footprint_of(TINYLLAMA, plan, context=2049)
-    with pytest.raises(AnalysisError, match="0 bytes an element"):
+    with pytest.raises(AnalysisError, match=whole("0 bytes an element")):
         footprint_of(TINYLLAMA, plan, context=1, bytes_per_element=0)
-    with pytest.raises(PlanError, match="the plan has 3 layers and the model 22"):
+    with pytest.raises(PlanError, match=whole("the plan has 3 layers and the model 22")):
         footprint_of(TINYLLAMA, SharingPlan.unshared(3), context=1)

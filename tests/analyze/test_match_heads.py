@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.tiny_models import VOCAB_SIZE
+from tests.wording import whole
 from transformers import PreTrainedModel
 
 from echoatt_exporter import SharingPlan, share_attention
@@ -98,5 +99,5 @@ def test_heads_that_stand_well_are_left_alone(tiny_model: Callable[..., Any]) ->
 
 def test_plan_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> None:
     teacher = twins(tiny_model, 2, [0, 1, 2, 3])
-    with pytest.raises(PlanError, match="3 layers and the model 2"):
+    with pytest.raises(PlanError, match=whole("3 layers and the model 2")):
         align_plan(SharingPlan((0, 0, 0)), heads_of(teacher), architecture_of(teacher.config))

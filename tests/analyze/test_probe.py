@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, every_family
+from tests.wording import whole
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -156,5 +157,5 @@ def test_bad_windows_are_refused(tiny_model: Models) -> None:
         (torch.zeros(2, 65, dtype=torch.int64), "65 tokens are longer than the model's context"),
         (torch.full((2, 9), VOCAB_SIZE), "token id 61 is outside the model's vocabulary of 61"),
     ]:
-        with pytest.raises(AnalysisError, match=message):
+        with pytest.raises(AnalysisError, match=whole(message)):
             PlanProbe(teacher, windows)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from tests.analyze.test_pictures import similarity_of
 from tests.tiny_models import build_tiny_model
+from tests.wording import says
 
 from echoatt_cli import _parser
 from echoatt_exporter import SharingPlan
@@ -154,7 +155,7 @@ def test_every_number_of_the_front_is_the_searchs(page: Page, report: AnalysisRe
     assert shown[: len(wanted)] == wanted
     pairs = [cost for cost in report.search.pair_costs.flat if not math.isnan(cost)]
     assert shown[len(wanted) : len(wanted) + len(pairs)] == pairs
-    assert "0.0123 ± 0.0012" in page.text
+    assert says(page.text, "0.0123 ± 0.0012")
     assert "● ● 0 1 ● ●" in page.text
     assert page.values("class").count("chosen") == 1
     assert page.values("class").count("used") == 2  # 2 after 0 and 3 after 1
@@ -166,11 +167,11 @@ def test_the_plan_and_its_savings_are_told(page: Page, report: AnalysisReport) -
     classes = page.values("class")
     assert [classes.count(name) for name in ("source", "follower", "lone")] == [2, 2, 2]
     footprint = report.chosen.footprint
-    assert f"{footprint.parameters:,} of {footprint.teacher.parameters:,}" in page.text
+    assert says(page.text, f"{footprint.parameters:,} of {footprint.teacher.parameters:,}")
     assert "layers that follow 2 of 6 33%" in page.text
-    assert "2 0 3 of 4 0.250 0.750" in page.text
+    assert says(page.text, "2 0 3 of 4 0.250 0.750")
     # the least like the others comes first, with the layer that it is most like
-    assert "1 5 own attention 0.400" in page.text
+    assert says(page.text, "1 5 own attention 0.400")
 
 
 def test_commands_can_be_pasted(report: AnalysisReport) -> None:

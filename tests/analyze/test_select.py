@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.wording import whole
 
 from echoatt_exporter.analyze.select import layer_importance, paper_plan, threshold_plan
 from echoatt_exporter.analyze.similarity import LayerSimilarity
@@ -122,9 +123,9 @@ def test_threshold_compares_with_the_source_of_the_run() -> None:
 
 def test_what_cannot_be_chosen_is_an_error() -> None:
     similarity = graded([0.5] * 4)
-    with pytest.raises(AnalysisError, match="4 layers of 4 heads and the model has 5 of 4"):
+    with pytest.raises(AnalysisError, match=whole("4 layers of 4 heads and the model has 5 of 4")):
         paper_plan(similarity, full(5))
-    with pytest.raises(AnalysisError, match="ratio of 40 is outside 0 to 1"):
+    with pytest.raises(AnalysisError, match=whole("ratio of 40 is outside 0 to 1")):
         paper_plan(similarity, full(4), ratio=40)
-    with pytest.raises(AnalysisError, match=r"similarity of 1.5 is outside 0 to 1"):
+    with pytest.raises(AnalysisError, match=whole(r"similarity of 1\.5 is outside 0 to 1")):
         threshold_plan(similarity, full(4), 1.5)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.wording import says
 
 from echoatt_exporter.bench.engines import EngineSpec, bundle_engines
 from echoatt_exporter.bench.process import EngineError
@@ -125,7 +126,7 @@ def test_failing_peer_is_named_and_the_others_go_on(
     assert len(whole.decode_seconds) == 1
     text = to_markdown(results)
     assert "| 1 | 8 | broken | failed |" in text
-    assert f"batch 1, context 8: {broken.failure}" in text
+    assert says(text, f"batch 1, context 8: {broken.failure}")
     assert list(results.ratios()) == []
 
 
@@ -140,5 +141,7 @@ def test_failing_bundle_ends_the_run(bundles: list[EngineSpec], tmp_path: Path) 
 def test_points_that_do_not_fit_are_refused_before_anything_runs(
     bundles: list[EngineSpec],
 ) -> None:
-    with pytest.raises(BenchError, match="holds 32768 tokens and the longest point needs 3280"):
+    with pytest.raises(
+        BenchError, match=r"holds 32768 tokens and the longest point needs 32\d\d\d;"
+    ):
         bench(bundles, BenchOptions(contexts=(32_768,), threads=1), command="echoatt bench")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.wording import says
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from echoatt_cli import main
@@ -108,10 +109,10 @@ def test_cost_writes_everything_and_shows_the_front(by_cost: Analysis, text: Pat
     for one in search["front"]:
         file = by_cost.out / "front" / f"0{one['followers']}-of-4.json"
         assert list(SharingPlan.load(file).sources) == one["sources"]
-        assert f"{one['kl']:.4f} ± {one['kl_standard_error']:.4f}" in by_cost.printed
+        assert says(by_cost.printed, f"{one['kl']:.4f} ± {one['kl_standard_error']:.4f}")
     assert by_cost.printed.startswith("plan: ● ")
     assert "(1 of 4 layers follow, 25%" in by_cost.printed
-    assert "7 samples of 24 tokens" in by_cost.printed
+    assert says(by_cost.printed, "7 samples of 24 tokens")
     similarity = LayerSimilarity.load(by_cost.out / "similarity.json")
     assert (similarity.samples, similarity.length, similarity.seed) == (7, LENGTH, 0)
     assert similarity.text_digest == plan["text_digest"] == texts_digest(read_texts([text]))
@@ -256,7 +257,7 @@ def test_bad_input_is_one_line_before_any_long_work(
     assert (code, out) == (2, "")
     assert err.startswith("echoatt: ")
     assert err.count("\n") == 1
-    assert message in err
+    assert says(err, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

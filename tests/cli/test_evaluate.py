@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.wording import says
 
 from echoatt_cli import main
 from echoatt_exporter import export_bundle, load_shared
@@ -109,8 +110,8 @@ def test_tables_for_people(student: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "perplexity" in alone
     assert "ratio" not in alone
     assert "KL" not in alone
-    assert "100 tokens" in alone
-    assert "windows of 512 tokens by 256" in alone
+    assert says(alone, "100 tokens")
+    assert says(alone, "windows of 512 tokens by 256")
     assert main([*arguments, "--against", str(student)]) == 0
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
@@ -153,4 +154,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert message in err
+    assert says(err, message)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.tiny_models import build_tiny_model
+from tests.wording import says
 
 from echoatt_cli import main
 from echoatt_exporter import SharingPlan, load_shared
@@ -47,7 +48,7 @@ def test_share_writes_the_student_and_says_what_became_smaller(
         "cache_bytes_per_token": dict(zip(("teacher", "student"), cache, strict=True)),
     }
     for number in (*counts, *cache):
-        assert f"{number:,}" in out
+        assert says(out, f"{number:,}")
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_what_cannot_be_trained_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match=rf"\b{message}") as caught:
         distill(inputs[0], inputs[1], [inputs[2]], out, dataclasses.replace(CONFIG, **changes))
     assert "\n" not in str(caught.value)
     assert not out.exists()
@@ -268,7 +268,7 @@ def test_a_disk_that_refuses_is_one_line(
 def test_another_models_student_is_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     wider = save_teacher(tmp_path / "wider", hidden_size=48)
     with pytest.raises(
-        TrainingError, match=r"not this student's teacher: .* hidden_size 48 and 32"
+        TrainingError, match=r"not this student's teacher: .* hidden_size 48 and 32\b"
     ):
         distill(wider, inputs[1], [inputs[2]], tmp_path / "out", CONFIG)
     with pytest.raises(CheckpointError, match="is a student; a teacher is needed here"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.wording import whole
 from tokenizers import processors
 
 from echoatt_exporter import AnalysisError, EchoAttForCausalLM, TextError, share_attention
@@ -155,7 +156,7 @@ def test_windows_that_cannot_be_are_refused(
     changes: dict[str, int], message: str, uniform: Any, tokenizer_of: Models
 ) -> None:
     model = CheckpointModel(uniform, tokenizer_of(True))
-    with pytest.raises(AnalysisError, match=message):
+    with pytest.raises(AnalysisError, match=whole(message)):
         score_documents(model, _documents(), **{"length": 8, "stride": 4, **changes})
 
 
@@ -168,7 +169,9 @@ def test_text_and_models_that_give_no_number_are_refused(
 
     with pytest.raises(TextError, match="no document has two tokens"):
         score(uniform, "w3")
-    with pytest.raises(AnalysisError, match="token id 60 is outside the model's vocabulary of 50"):
+    with pytest.raises(
+        AnalysisError, match=whole("token id 60 is outside the model's vocabulary of 50")
+    ):
         score(tiny_model("llama", vocab_size=50), "w3 w60")
     torch.nn.init.constant_(uniform.lm_head.weight, math.inf)
     with pytest.raises(AnalysisError, match="loss is not a number"):
@@ -193,7 +196,7 @@ def test_models_that_cannot_be_held_against_each_other_are_refused(
         with pytest.raises(AnalysisError, match="the text is other tokens to either model"):
             compare(CheckpointModel(uniform, tokenizer))
     short = tiny_model("llama", max_position_embeddings=16)
-    with pytest.raises(AnalysisError, match=r"windows of 17 tokens .* give 2 to 16"):
+    with pytest.raises(AnalysisError, match=whole(r"windows of 17 tokens .* give 2 to 16")):
         compare(CheckpointModel(short, tokenizer_of(True)), length=17)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from tests.wording import says
 
 from echoatt_exporter.errors import ParityError
 from echoatt_exporter.parity import CaseReport, ParityReport, Tolerance, format_report
@@ -149,4 +150,4 @@ def test_json_and_table_state_tolerances_and_every_case() -> None:
     assert data["cases"][1]["max_error"] is None
     assert data["first_diverging_layer"] == 3
     for expected in ("SomeProvider", "prefill", "FAIL", "layer 3", "max |Δ| 0.1 and rms Δ 0.05"):
-        assert expected in text
+        assert says(text, expected)

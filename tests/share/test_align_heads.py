@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.share.reference import share_by_hand
 from tests.tiny_models import TINY_MODELS, every_family
+from tests.wording import whole
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_shared, share_attention
 from echoatt_exporter.architecture import architecture_of
@@ -111,10 +112,10 @@ def test_a_wrong_order_is_refused_and_changes_nothing(
 ) -> None:
     teacher = tiny_model("llama")
     before = copy.deepcopy(teacher.state_dict())
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=whole(message)):
         reorder_heads(teacher, layer, order)
     if layer == 2:
         plan = SharingPlan((0, 1, 1, 3, 4, 5), ((), (), order, (), (), ()))
-        with pytest.raises(PlanError, match=message):
+        with pytest.raises(PlanError, match=whole(message)):
             share_attention(teacher, plan)
     assert all(torch.equal(w, before[n]) for n, w in teacher.state_dict().items())

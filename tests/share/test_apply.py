@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.wording import whole
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from echoatt_exporter import EchoAttConfig, EchoAttForCausalLM, SharingPlan, share_attention
@@ -30,7 +31,7 @@ def test_a_plan_that_does_not_fit_leaves_the_teacher_alone(
         "layer 5 uses layer 7, which does not exist",
     ):
         assert fault in str(caught.value)
-    with pytest.raises(PlanError, match="the plan has 3 layers and the model 6"):
+    with pytest.raises(PlanError, match=whole("the plan has 3 layers and the model 6")):
         share_attention(teacher, SharingPlan((0, 1, 1)))
     assert set(teacher.state_dict()) == names
     assert torch.equal(teacher(tokens).logits, before)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.wording import says, whole
 from transformers import BertConfig, GPT2Config, T5Config, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
@@ -67,7 +68,7 @@ def _refused(
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(directory), *parts):
-        assert part in message, message
+        assert says(message, part), message
 
 
 def _shard(directory: Path) -> None:
@@ -288,7 +289,7 @@ def test_quantised_checkpoint_is_refused(teacher_dir: Path) -> None:
 
 def test_plan_that_does_not_fit_is_refused_before_weights_are_read(teacher_dir: Path) -> None:
     (teacher_dir / WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(PlanError, match="the plan has 2 layers and the model 6"):
+    with pytest.raises(PlanError, match=whole("the plan has 2 layers and the model 6")):
         load_shared(teacher_dir, SharingPlan((0, 0)))
 
 
