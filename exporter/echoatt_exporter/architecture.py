@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from optimum.utils import NormalizedConfigManager
-from optimum.utils.normalized_config import NormalizedTextConfig, NormalizedTextConfigWithGQA
 from transformers import PreTrainedConfig
 
 from echoatt_exporter.errors import UnsupportedModelError
-from echoatt_exporter.share.modeling_echoatt import FAMILIES
+from echoatt_exporter.families import LayerKind, family_of
 from echoatt_runtime.contract.plan import SharingPlan
-
-LayerKind = Literal["full", "sliding"]
-
-# Rotary variants whose frequencies depend on the length of the running sequence. A graph traced
-# once would freeze them at the traced length and be silently wrong at every other.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-_KIND_OF_LAYER_TYPE: dict[str, LayerKind] = {
-    "full_attention": "full",
-    "sliding_attention": "sliding",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +22,9 @@ class DecoderArchitecture:
         family: The Hugging Face `model_type`.
         layer_kinds: Attention kind of each layer.
         sliding_window: Tokens a sliding layer sees, itself included; None without such layers.
-        num_query_heads: Query heads of every layer.
-        num_kv_heads: Key/value heads of every layer.
-        head_dim: Elements per head.
+        query_heads: Query heads of each layer.
+        kv_heads: Key/value heads of each layer.
+        head_dims: Elements per head, of each layer.
         vocab_size: Rows of the LM head.
         context_length: The most positions the checkpoint was made for.
     """
@@ -43,9 +32,9 @@ class DecoderArchitecture:
     family: str
     layer_kinds: tuple[LayerKind, ...]
     sliding_window: int | None
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    head_dims: tuple[int, ...]
     vocab_size: int
     context_length: int
 
@@ -54,53 +43,41 @@ class DecoderArchitecture:
         """How many decoder layers there are."""
         return len(self.layer_kinds)
 
+    @property
+    def sharing_kinds(self) -> tuple[tuple[LayerKind, int], ...]:
+        """Of each layer what must be equal in its source: attention kind and query heads."""
+        return tuple(zip(self.layer_kinds, self.query_heads, strict=True))
+
     def validate_plan(self, plan: SharingPlan) -> None:
         """Check that `plan` fits this decoder.
 
         Raises:
             PlanError: Names every fault at once.
         """
-        count = self.num_layers
-        plan.validate(
-            self.layer_kinds, (self.num_query_heads,) * count, (self.num_kv_heads,) * count
-        )
+        plan.validate(self.layer_kinds, self.query_heads, self.kv_heads)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What a bundle's manifest says of the decoder.
+
+        Raises:
+            UnsupportedModelError: Layers differ in their heads, for which it has no words.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for by_layer, name in (
+            ("query_heads", "num_query_heads"),
+            ("kv_heads", "num_kv_heads"),
+            ("head_dims", "head_dim"),
+        ):
+            fields[name] = _only(fields.pop(by_layer), by_layer)
+        return fields
 
 
-def _normalized(config: PreTrainedConfig) -> Any:
-    """Optimum's view of the config, with one set of field names across families."""
-    family = config.model_type
-    if family in NormalizedConfigManager._conf:
-        return NormalizedConfigManager.get_normalized_config_class(family)(config)
-    # optimum 2.3 does not list the later Gemmas
-    grouped = hasattr(config, "num_key_value_heads")
-    return (NormalizedTextConfigWithGQA if grouped else NormalizedTextConfig)(config)
-
-
-def _layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, ...]:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        window = getattr(config, "sliding_window", None)
-        layer_types = ["full_attention" if window is None else "sliding_attention"] * num_layers
-    unknown = sorted(set(layer_types) - set(_KIND_OF_LAYER_TYPE))
-    if unknown:
+def _only(numbers: Sequence[int], what: str) -> int:
+    if len(set(numbers)) > 1:
         raise UnsupportedModelError(
-            f"layers of type {', '.join(unknown)} are not supported; EchoAtt shares full and"
-            " sliding attention"
+            f"{what} are {list(numbers)}: a bundle cannot have layers with different heads"
         )
-    return tuple(_KIND_OF_LAYER_TYPE[layer_type] for layer_type in layer_types)
-
-
-def _check_rope(config: PreTrainedConfig) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Gemma 3 has one set of parameters per layer type
-    sets = [rope] if "rope_type" in rope else [p for p in rope.values() if isinstance(p, dict)]
-    for parameters in sets:
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"rope_type {parameters['rope_type']!r} changes its frequencies with the length of"
-                " the text, which a fixed graph cannot; use a checkpoint with default, linear,"
-                " llama3 or yarn scaling"
-            )
+    return numbers[0]
 
 
 def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
@@ -112,25 +89,17 @@ def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
     Raises:
         UnsupportedModelError: Another family, or a feature that cannot be shared or exported.
     """
-    family = config.model_type
-    if family not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {family!r} is not supported; EchoAtt knows {', '.join(sorted(FAMILIES))}"
-        )
-    if getattr(config, "use_bidirectional_attention", False):
-        raise UnsupportedModelError("bidirectional attention is not supported: not a decoder")
-    _check_rope(config)
-    normalized = _normalized(config)
-    heads = normalized.num_attention_heads
-    num_layers = normalized.num_layers
-    kinds = _layer_kinds(config, num_layers)
+    family = family_of(config)
+    for refuse in family.refusals:
+        refuse(config)
+    kinds, heads = family.layer_kinds(config), family.layer_heads(config)
     return DecoderArchitecture(
-        family=family,
+        family=family.model_type,
         layer_kinds=kinds,
         sliding_window=config.sliding_window if "sliding" in kinds else None,
-        num_query_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or normalized.hidden_size // heads,
-        vocab_size=normalized.vocab_size,
+        query_heads=tuple(layer.query for layer in heads),
+        kv_heads=tuple(layer.key_value for layer in heads),
+        head_dims=tuple(layer.size for layer in heads),
+        vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
     )

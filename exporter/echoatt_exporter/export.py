@@ -291,7 +291,7 @@ def _manifest(
     eos = token("eos_token_id")
     return Manifest(
         exporter_version=importlib.metadata.version("echoatt"),
-        **dataclasses.asdict(architecture),
+        **architecture.manifest_fields(),
         sources=tuple(student.sources),
         head_orders=head_orders,
         dtype=dtype,

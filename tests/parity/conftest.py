@@ -38,7 +38,7 @@ def make_manifest(student: EchoAttForCausalLM, dtype: str = "fp32") -> Manifest:
     architecture = architecture_of(student.config.get_text_config())
     return Manifest(
         exporter_version="0",
-        **{f.name: getattr(architecture, f.name) for f in dataclasses.fields(architecture)},
+        **architecture.manifest_fields(),
         sources=tuple(student.sources),
         head_orders=(),
         dtype=dtype,

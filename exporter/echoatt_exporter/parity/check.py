@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from pathlib import Path
 
@@ -105,10 +104,9 @@ def assert_parity(
 def _check_same_model(student: EchoAttForCausalLM, manifest: Manifest, path: Path) -> None:
     architecture = architecture_of(student.config.get_text_config())
     differences = [
-        f"{field.name} {getattr(manifest, field.name)} instead of"
-        f" {getattr(architecture, field.name)}"
-        for field in dataclasses.fields(architecture)
-        if getattr(manifest, field.name) != getattr(architecture, field.name)
+        f"{name} {getattr(manifest, name)} instead of {wanted}"
+        for name, wanted in architecture.manifest_fields().items()
+        if getattr(manifest, name) != wanted
     ]
     if differences:
         raise CheckpointError(

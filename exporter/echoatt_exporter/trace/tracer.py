@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.families import family_of
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.decoder_graph import DecoderGraph
 from echoatt_exporter.trace.lay_out import lay_out_layers
-from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
+from echoatt_exporter.trace.layer_kinds import find_layer_kinds, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
 from echoatt_runtime.contract.manifest import (
@@ -65,15 +66,15 @@ def trace_student(student: EchoAttForCausalLM, manifest: Manifest) -> ir.Model:
     """
     kinds = find_layer_kinds(student, manifest)
     decoder = student.decoder
-    layers = layers_of(decoder)
+    family = family_of(decoder.config)
+    layers = family.layers_of(decoder)
     cache_names = [
         name for name in manifest.cache_names if int(name.partition(".")[0]) in kinds.templates
     ]
     with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
         model = _trace(DecoderGraph(student, manifest, kinds), manifest, cache_names, student.dtype)
     _name_dimensions(model, manifest)
-    prefix = f"decoder.{FAMILIES[manifest.family].layers}."
-    lay_out_layers(model, manifest, kinds, layers, prefix)
+    lay_out_layers(model, manifest, kinds, layers, f"decoder.{family.layers}.")
     simplify(model)
     return model
 
