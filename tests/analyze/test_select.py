@@ -11,12 +11,15 @@ from tests.wording import whole
 
 from echoatt_exporter.analyze.select import layer_importance, paper_plan, threshold_plan
 from echoatt_exporter.analyze.similarity import LayerSimilarity
-from echoatt_exporter.architecture import DecoderArchitecture, LayerKind
+from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.families import LayerKind
 
 
 def architecture_with(kinds: Sequence[LayerKind]) -> DecoderArchitecture:
-    return DecoderArchitecture("llama", tuple(kinds), None, 4, 2, 8, 100, 64)
+    layers = len(kinds)
+    heads = ((4,) * layers, (2,) * layers, (8,) * layers)
+    return DecoderArchitecture("llama", tuple(kinds), None, *heads, 100, 64)
 
 
 def similarity_of(mean: Any) -> LayerSimilarity:

@@ -11,20 +11,13 @@ from tests.tiny_models import TINY_MODELS, build_tiny_model
 
 from echoatt_exporter import SharingPlan, export_bundle
 
-# smollm3's fourth layer is the first without rotary embedding that lends its probabilities
-_LAYERS = {"smollm3": 5}
-
-
-def _layers(name: str) -> int:
-    return _LAYERS.get(name, 4)
-
 
 @pytest.fixture(scope="session")
 def short_plan() -> Callable[[str], SharingPlan]:
     """`short_plan(name)`: the plan of `short_checkpoint`, at least 40 % followers."""
 
     def plan(name: str) -> SharingPlan:
-        found = SharingPlan(TINY_MODELS[name].sources[: _layers(name)])
+        found = SharingPlan(TINY_MODELS[name].sources[: TINY_MODELS[name].exported_layers])
         assert found.ratio >= 0.4
         return found
 
@@ -38,7 +31,7 @@ def short_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     def checkpoint(name: str) -> Path:
         if name not in made:
-            layers = _layers(name)
+            layers = TINY_MODELS[name].exported_layers
             fields: dict[str, Any] = {
                 key: value[:layers]
                 for key, value in TINY_MODELS[name].fields.items()

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from tests.parity import mutants
+from transformers.pytorch_utils import Conv1D
 
 from echoatt_exporter.graph import QuantizeWeights
 from echoatt_exporter.parity import compare, record_reference
@@ -182,6 +183,19 @@ def test_16_bit_weights_compute_in_float32_and_come_back(tiny_model: Any, family
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert after == before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_stored_the_other_way_round_is_rounded_alike(bits: Literal[4, 8]) -> None:
+    linear, conv1d = torch.nn.Linear(40, 6), Conv1D(6, 40)
+    conv1d.weight.data = linear.weight.data.T.clone()
+    conv1d.bias = linear.bias
+    hidden = torch.randn(3, 40)
+    own = conv1d(hidden)
+    with torch.inference_mode(), quantised_weights(torch.nn.ModuleList([linear, conv1d]), bits):
+        found, expected = conv1d(hidden), linear(hidden)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, own)
 
 
 def test_weights_come_back_after_a_failure(tiny_model: Any) -> None:

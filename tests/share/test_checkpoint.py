@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.wording import says, whole
-from transformers import BertConfig, GPT2Config, T5Config, dynamic_module_utils
+from transformers import BertConfig, BloomConfig, T5Config, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter import SharingPlan, load_shared, share_attention
@@ -259,10 +259,10 @@ def test_model_that_is_no_decoder_is_refused(config: Any, teacher_dir: Path) -> 
 
 
 def test_decoder_of_another_family_is_refused(teacher_dir: Path) -> None:
-    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(teacher_dir)
-    with pytest.raises(UnsupportedModelError, match="model type 'gpt2' is not supported"):
+    BloomConfig(architectures=["BloomForCausalLM"]).save_pretrained(teacher_dir)
+    with pytest.raises(UnsupportedModelError, match="model type 'bloom' is not supported"):
         load_shared(teacher_dir, None)
-    with pytest.raises(UnsupportedModelError, match="model type 'gpt2' is not supported"):
+    with pytest.raises(UnsupportedModelError, match="model type 'bloom' is not supported"):
         load_teacher(teacher_dir)
 
 

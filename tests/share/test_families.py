@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import TINY_MODELS, every_family
+from tests.tiny_models import TINY_MODELS, TinyModel, every_family
 from transformers import DynamicCache, PreTrainedModel
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, MaterializedAttention
+from echoatt_exporter.families import FAMILIES, family_of
+from echoatt_exporter.families import __path__ as families_path
+from echoatt_exporter.share.modeling_echoatt import MaterializedAttention
 
 Models = Callable[..., Any]
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 
-QUERY_KEY_NAMES = {"q_proj", "k_proj", "q_norm", "k_norm", "qkv_proj", "query_key_value"}
-
 
 def test_every_supported_family_has_a_tiny_model_and_a_large_enough_plan() -> None:
     assert {tiny.family for tiny in TINY_MODELS.values()} == set(FAMILIES)
+    files = {path.stem for path in Path(families_path[0]).glob("*.py")}
+    assert set(FAMILIES) == files - {"__init__", "base", "head_layouts", "projections"}
     assert all(SharingPlan(tiny.sources).ratio >= 0.4 for tiny in TINY_MODELS.values())
 
 
@@ -92,15 +95,14 @@ def test_cache_holds_no_keys_for_followers(
         assert (layer.keys.numel() == 0) == (index != source), f"layer {index}"
 
 
-def _removed_by_each_follower(config: Any, family: str) -> int:
+def _removed_by_each_follower(config: Any, tiny: TinyModel) -> int:
     """Elements of a layer's query and key projections, their biases and norms, by formula."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", heads)
     size = getattr(config, "head_dim", None) or hidden // heads
     rows = (heads + kv_heads) * size
-    biased = family == "qwen2" or getattr(config, "attention_bias", False)
-    norms = {"qwen3": 2 * size, "gemma3_text": 2 * size, "olmo2": rows}.get(family, 0)
-    return int(rows * hidden + biased * rows + norms)
+    norms = {"none": 0, "head": 2 * size, "all": rows}[tiny.norms]
+    return int(rows * hidden + tiny.biased * rows + norms)
 
 
 @every_family
@@ -109,12 +111,14 @@ def test_followers_lose_exactly_queries_and_keys(
 ) -> None:
     teacher, student = tiny_model(family), student_of(family)
     plan = SharingPlan(tuple(student.sources))
-    per_follower = _removed_by_each_follower(teacher.config, teacher.config.model_type)
+    per_follower = _removed_by_each_follower(teacher.config, TINY_MODELS[family])
     expected = teacher.num_parameters() - len(plan.followers) * per_follower
     assert student.num_parameters() == expected
-    for name, _ in student.named_parameters():
-        if any(f".layers.{follower}." in name for follower in plan.followers):
-            assert not QUERY_KEY_NAMES & set(name.split(".")), name
+    known = family_of(teacher.config)
+    for layer in plan.followers:
+        attention = known.attention_of(known.layers_of(student.decoder)[layer])
+        names = {name.partition(".")[0] for name, _ in attention.named_parameters()}
+        assert names == {"v_proj", "o_proj"}
 
 
 @every_family
@@ -145,9 +149,10 @@ def test_gradient_reaches_the_source_through_followers(
     """What a source's queries learn changes when its followers' share of it is cut off."""
     student: EchoAttForCausalLM = student_of(family).train()
     source = SharingPlan(tuple(student.sources)).shared_sources[0]
-    layers: Any = student.decoder.get_submodule(FAMILIES[student.decoder.config.model_type].layers)
-    attention = getattr(layers[source], FAMILIES[student.decoder.config.model_type].attention)
-    queries = next(getattr(attention, n) for n in QUERY_KEY_NAMES if hasattr(attention, n)).weight
+    known = family_of(student.decoder.config)
+    attention: Any = known.attention_of(known.layers_of(student.decoder)[source])
+    # The first projection of each is that of the queries, or of all three
+    queries = next(attention.parameters())
 
     def gradient(**kwargs: Any) -> torch.Tensor:
         student.zero_grad()

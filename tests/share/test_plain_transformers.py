@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_shared
+from echoatt_exporter.families import FAMILIES
 from echoatt_exporter.share.checkpoint import save_student
 
 Models = Callable[..., Any]
-FAMILIES = ("llama_tied_biased", "phi3", "gemma2", "gpt_neox")
+MODELS = ("llama_tied_biased", *FAMILIES)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 SCRIPT = f"""
@@ -43,8 +44,8 @@ for directory in sys.argv[1:]:
 def test_students_load_and_generate_without_echoatt(
     student_of: Models, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    directories = [tmp_path / family for family in FAMILIES]
-    for family, directory in zip(FAMILIES, directories, strict=True):
+    directories = [tmp_path / family for family in MODELS]
+    for family, directory in zip(MODELS, directories, strict=True):
         student: EchoAttForCausalLM = student_of(family)
         if family == "phi3":
             save_student(student, directory, tmp_path)

@@ -73,6 +73,23 @@ def test_the_file_shrinks_by_exactly_the_dropped_tensors(
     assert sizes[0] - sizes[1] == 4 * elements
 
 
+@pytest.mark.parametrize("layout", [None, {"layers": "decoder"}], ids=["none", "another"])
+def test_a_layout_that_the_file_lacks_or_has_wrong_comes_from_the_family(
+    layout: Any, student_of: Models, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Older students have none."""
+    student: EchoAttForCausalLM = student_of("phi3")
+    student.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    saved = json.loads(file.read_text())
+    written = saved.pop("layout")
+    file.write_text(json.dumps(saved | ({} if layout is None else {"layout": layout})))
+    loaded = load_shared(tmp_path / "a", None)
+    assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    loaded.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["layout"] == written
+
+
 def test_auto_classes_know_students(student_of: Models, tmp_path: Path) -> None:
     student_of("gemma2").save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)

@@ -66,8 +66,8 @@ def attention_maps(teacher: PreTrainedModel, window: torch.Tensor) -> torch.Tens
 
     Raises:
         UnsupportedModelError: The teacher's family is not supported.
-        AnalysisError: A window longer than the model's context or of another vocabulary, or a
-            teacher that hands no attention probabilities out.
+        AnalysisError: A window longer than the model's context or of another vocabulary, layers
+            with different numbers of heads, or a teacher that hands no attention probabilities out.
     """
     architecture = architecture_of(teacher.config)
     T = len(window)
@@ -82,7 +82,13 @@ def attention_maps(teacher: PreTrainedModel, window: torch.Tensor) -> torch.Tens
             f"token {largest} is outside the model's vocabulary of {architecture.vocab_size}; the"
             " tokenizer is another model's"
         )
-    L, H = architecture.num_layers, architecture.num_query_heads
+    heads = architecture.query_heads
+    if len(set(heads)) > 1:
+        raise AnalysisError(
+            f"layers have {sorted(set(heads))} query heads; similarity is head by head and needs as"
+            " many in every layer"
+        )
+    L, H = architecture.num_layers, heads[0]
     collector = _MapCollector(torch.zeros((L, H, T, T), device=teacher.device))
     with _lent(teacher):
         try:

@@ -115,7 +115,7 @@ class Choice:
 
 
 def _most_followers(architecture: DecoderArchitecture) -> int:
-    return architecture.num_layers - len(set(architecture.layer_kinds))
+    return architecture.num_layers - len(set(architecture.sharing_kinds))
 
 
 def _option(name: str) -> str:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, FollowerAttention
+from echoatt_exporter.families import family_of
+from echoatt_exporter.families.projections import is_projection
 from echoatt_runtime.contract import SharingPlan
 
 
@@ -102,14 +103,14 @@ class PlanFootprint:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSize:
-    """What of a decoder's size does not depend on the plan; every layer is of one size.
+    """What of a decoder's size does not depend on the plan.
 
     Attributes:
         architecture: The decoder.
         parameters: Of the teacher.
-        row_read_parameters: Of an embedding table that is no LM head, and is read row by row.
+        row_read_parameters: Of embedding tables that are no LM head, and are read row by row.
         weight_multiply_adds: Of all projections of the teacher for a token, LM head included.
-        query_key_parameters: That a layer loses when it becomes a follower.
+        query_key_parameters: That each layer loses when it becomes a follower.
         query_key_multiply_adds: The same for `weight_multiply_adds`.
     """
 
@@ -117,8 +118,8 @@ class DecoderSize:
     parameters: int
     row_read_parameters: int
     weight_multiply_adds: int
-    query_key_parameters: int
-    query_key_multiply_adds: int
+    query_key_parameters: tuple[int, ...]
+    query_key_multiply_adds: tuple[int, ...]
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DecoderSize:
@@ -128,21 +129,24 @@ class DecoderSize:
             UnsupportedModelError: Its family is not supported.
         """
         architecture = architecture_of(config)
-        family = FAMILIES[architecture.family]
+        family = family_of(config)
         with torch.device("meta"):
             teacher: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-            layers = cast(nn.ModuleList, teacher.get_submodule(family.layers))
-            attention = getattr(layers[0], family.attention)
-            follower = FollowerAttention.replacing(attention, teacher.config)
-        table = cast(nn.Embedding, teacher.get_input_embeddings())
+            layers = family.layers_of(teacher)
+            attentions = [family.attention_of(layer) for layer in layers]
+            followers = [family.follower_of(module, teacher.config) for module in attentions]
+        tables = [module for module in teacher.modules() if isinstance(module, nn.Embedding)]
         head = cast(nn.Linear, teacher.get_output_embeddings())
+        pairs = list(zip(attentions, followers, strict=True))
         return cls(
             architecture=architecture,
             parameters=_parameters(teacher),
-            row_read_parameters=0 if head.weight is table.weight else table.weight.numel(),
+            row_read_parameters=sum(
+                table.weight.numel() for table in tables if table.weight is not head.weight
+            ),
             weight_multiply_adds=_multiply_adds(layers) + _multiply_adds(head),
-            query_key_parameters=_parameters(attention) - _parameters(follower),
-            query_key_multiply_adds=_multiply_adds(attention) - _multiply_adds(follower),
+            query_key_parameters=tuple(_parameters(a) - _parameters(f) for a, f in pairs),
+            query_key_multiply_adds=tuple(_multiply_adds(a) - _multiply_adds(f) for a, f in pairs),
         )
 
     def with_plan(
@@ -164,28 +168,29 @@ class DecoderSize:
 
     def _count(self, plan: SharingPlan, context: int, bytes_per_element: float) -> Footprint:
         architecture = self.architecture
-        followers = len(plan.followers)
-        query_width = architecture.num_query_heads * architecture.head_dim
-        cache_width = architecture.num_kv_heads * architecture.head_dim
-        projections = self.weight_multiply_adds - followers * self.query_key_multiply_adds
-        parameters = self.parameters - followers * self.query_key_parameters
+        parameters, projections = self.parameters, self.weight_multiply_adds
+        for layer in plan.followers:
+            parameters -= self.query_key_parameters[layer]
+            projections -= self.query_key_multiply_adds[layer]
         decode: float = projections
         forward: float = projections
         cached = 0  # elements that are read for one new token
+        grown = 0  # elements that the cache grows by with it
         for layer, kind in enumerate(architecture.layer_kinds):
             window = architecture.sliding_window if kind == "sliding" else None
             width = min(context, window or context)  # tokens attended to
             # a token's window fills up over the first `width` tokens
             mean_width = (width * (width + 1) / 2 + (context - width) * width) / context
             products = 1 if plan.is_follower(layer) else 2  # with the values; with the keys too
+            query_width = architecture.query_heads[layer] * architecture.head_dims[layer]
+            cache_width = architecture.kv_heads[layer] * architecture.head_dims[layer]
             decode += products * query_width * width
             forward += products * query_width * mean_width
             cached += products * cache_width * width
+            grown += products * cache_width
         return Footprint(
             parameters=parameters,
-            cache_bytes_per_token=(2 * plan.num_layers - followers)
-            * cache_width
-            * bytes_per_element,
+            cache_bytes_per_token=grown * bytes_per_element,
             decode_multiply_adds=int(decode),
             forward_multiply_adds=forward,
             decode_bytes=(parameters - self.row_read_parameters + cached) * bytes_per_element,
@@ -219,5 +224,4 @@ def _parameters(module: nn.Module) -> int:
 
 def _multiply_adds(module: nn.Module) -> int:
     """Of every projection below `module` for one token."""
-    linears = (part for part in module.modules() if isinstance(part, nn.Linear))
-    return sum(linear.in_features * linear.out_features for linear in linears)
+    return sum(part.weight.numel() for part in module.modules() if is_projection(part))

@@ -72,12 +72,11 @@ def align_plan(
         PlanError: The plan does not fit the model.
     """
     architecture.validate_plan(plan)
-    unmoved = tuple(range(architecture.num_query_heads))
     orders: list[tuple[int, ...]] = []
     for layer, source in enumerate(plan.sources):
         pairs_FS = head_similarity.head_pairs[layer, :, source, :]
-        order = match_heads(pairs_FS, architecture.num_kv_heads) if source != layer else unmoved
-        orders.append(() if order == unmoved else order)
+        order = match_heads(pairs_FS, architecture.kv_heads[layer]) if source != layer else ()
+        orders.append(() if order == tuple(range(len(order))) else order)
     aligned = replace(plan, head_orders=tuple(orders) if any(orders) else ())
     architecture.validate_plan(aligned)
     return aligned

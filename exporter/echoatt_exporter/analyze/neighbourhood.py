@@ -7,7 +7,7 @@ that stops being one passes its followers on to whichever source costs each of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 Sources = tuple[int, ...]
 
 
-def admissible_pairs(layer_kinds: Sequence[str]) -> Iterator[tuple[int, int]]:
+def admissible_pairs(sharing_kinds: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
     """Every (follower, source) that a plan may hold: an earlier layer of the same kind."""
-    for follower, kind in enumerate(layer_kinds):
+    for follower, kind in enumerate(sharing_kinds):
         for source in range(follower):
-            if layer_kinds[source] == kind:
+            if sharing_kinds[source] == kind:
                 yield follower, source
 
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.families import family_of
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
-    FAMILIES,
     FollowerAttention,
     MaterializedAttention,
 )
@@ -97,9 +97,8 @@ class PlanProbe:
         self.teacher = teacher
         self.architecture = architecture_of(teacher.config)
         self._check(windows)
-        family = FAMILIES[self.architecture.family]
-        self._layers = cast(nn.ModuleList, teacher.get_submodule(family.layers))
-        self._attention_name = family.attention
+        self._family = family_of(teacher.config)
+        self._layers = self._family.layers_of(teacher)
         self._head = head_of(teacher)
         self._followers: dict[int, FollowerAttention] = {}
         self._batches = torch.split(windows.to(teacher.device), batch_size)
@@ -215,21 +214,19 @@ class PlanProbe:
         config = self.teacher.config
         implementation = config._attn_implementation  # noqa: SLF001  # it has no public name
         training = [module for module in self.teacher.modules() if module.training]
-        kept = {
-            layer: getattr(self._layers[layer], self._attention_name) for layer in plan.followers
-        }
+        kept = {layer: self._family.attention_of(self._layers[layer]) for layer in plan.followers}
         try:
             self.teacher.eval()
             self.teacher.set_attn_implementation(ATTENTION_NAME)
             for layer, attention in kept.items():
                 if layer not in self._followers:
-                    made = FollowerAttention.replacing(attention, config)
+                    made = self._family.follower_of(attention, config)
                     self._followers[layer] = made.eval()
-                setattr(self._layers[layer], self._attention_name, self._followers[layer])
+                setattr(self._layers[layer], self._family.attention, self._followers[layer])
             yield
         finally:
             for layer, attention in kept.items():
-                setattr(self._layers[layer], self._attention_name, attention)
+                setattr(self._layers[layer], self._family.attention, attention)
             self.teacher.set_attn_implementation(implementation)
             for module in training:
                 module.training = True
@@ -281,14 +278,14 @@ class _Restarted(nn.Module):
         self._layer = layer
         self._hidden_BTE = hidden_BTE
 
-    def forward(self, _hidden_BTE: torch.Tensor, **kwargs: Any) -> Any:
-        return self._layer(self._hidden_BTE, **kwargs)
+    def forward(self, _hidden_BTE: torch.Tensor, *arguments: Any, **kwargs: Any) -> Any:
+        return self._layer(self._hidden_BTE, *arguments, **kwargs)
 
 
 class _LeftOut(nn.Module):
     """A layer that does nothing."""
 
-    def forward(self, hidden_BTE: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_BTE: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_BTE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,11 @@ def _steps(report: AnalysisReport) -> list[dict[str, str]]:
     return [{"what": what, "command": command} for what, command in commands.items()]
 
 
+def _counts(by_layer: Sequence[int]) -> str:
+    """Each number once: nearly always there is one for all layers."""
+    return " or ".join(map(str, dict.fromkeys(by_layer)))
+
+
 def _facts(report: AnalysisReport) -> list[dict[str, str]]:
     similarity, shape = report.similarity, report.architecture
     kinds = ", ".join(
@@ -183,8 +188,8 @@ def _facts(report: AnalysisReport) -> list[dict[str, str]]:
     facts = {
         "model": str(report.model_dir),
         "shape": f"{shape.family}, {shape.num_layers} layers ({kinds} attention),"
-        f" {shape.num_query_heads} query heads, {shape.num_kv_heads} key/value heads"
-        f" of {shape.head_dim}",
+        f" {_counts(shape.query_heads)} query heads, {_counts(shape.kv_heads)} key/value heads"
+        f" of {_counts(shape.head_dims)}",
         "checkpoint": f"sha256 {similarity.checkpoint_digest}",
         "text": f"{texts} ({report.documents:,} documents, sha256 {similarity.text_digest})",
         "similarity": f"{similarity.samples:,} samples of exactly {similarity.length:,} tokens, not"

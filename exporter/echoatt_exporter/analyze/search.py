@@ -158,7 +158,7 @@ def search_plans(
         raise AnalysisError("give either a sharing ratio or the most KL that a plan may cost")
     if max_kl is not None and not max_kl >= 0:
         raise AnalysisError(f"a KL of at most {max_kl} cannot be; give 0 or more")
-    pairs = list(admissible_pairs(architecture.layer_kinds))
+    pairs = list(admissible_pairs(architecture.sharing_kinds))
     most = len({follower for follower, _ in pairs})
     wanted = None if ratio is None else _followers(ratio, architecture, most)
     last = wanted or most

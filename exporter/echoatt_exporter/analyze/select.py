@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
 from echoatt_exporter.analyze.similarity import LayerSimilarity
-from echoatt_exporter.architecture import DecoderArchitecture, LayerKind
+from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
 from echoatt_runtime.contract import SharingPlan
 
@@ -44,7 +44,7 @@ def paper_plan(
     """
     _check_layers(similarity, architecture)
     importance = layer_importance(similarity)
-    kinds = architecture.layer_kinds
+    kinds = architecture.sharing_kinds
     ranked = sorted(range(architecture.num_layers), key=lambda layer: -importance[layer])
     if ratio is None:
         gaps = [importance[a] - importance[b] for a, b in itertools.pairwise(ranked)]
@@ -84,8 +84,8 @@ def threshold_plan(
 def _follow(architecture: DecoderArchitecture, follows: Callable[[int, int], bool]) -> SharingPlan:
     """The plan in which a layer that `follows` the latest source of its kind shares with it."""
     sources: list[int] = []
-    latest: dict[LayerKind, int] = {}
-    for layer, kind in enumerate(architecture.layer_kinds):
+    latest: dict[Hashable, int] = {}
+    for layer, kind in enumerate(architecture.sharing_kinds):
         if kind not in latest or not follows(layer, latest[kind]):
             latest[kind] = layer
         sources.append(latest[kind])
@@ -96,7 +96,7 @@ def _follow(architecture: DecoderArchitecture, follows: Callable[[int, int], boo
 
 def _check_layers(similarity: LayerSimilarity, architecture: DecoderArchitecture) -> None:
     found = similarity.head_mean.shape[1:]
-    wanted = (architecture.num_layers, architecture.num_query_heads)
+    wanted = (architecture.num_layers, max(architecture.query_heads))
     if found != wanted:
         raise AnalysisError(
             f"the similarity is of {found[0]} layers of {found[1]} heads and the model has"

@@ -98,7 +98,8 @@ def _engine(
     weight_bytes: int | None,
     element_bytes: int,
 ) -> EngineSpec:
-    rows = architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
+    by_layer = zip(architecture.kv_heads, architecture.head_dims, strict=True)
+    rows = sum(heads * size for heads, size in by_layer)
     shown = TENSOR_TYPES[dtype] if kind == "llama.cpp" else dtype
     return EngineSpec(
         name=f"{kind} {shown}",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from echoatt_exporter.families.projections import is_projection
 from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks, zero_level
 
 _Replace = Callable[[str, torch.Tensor], torch.Tensor]
@@ -56,7 +57,7 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
 def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
     """Let `model` multiply by weights rounded to `bits`, as in a bundle, within the context.
 
-    Every `torch.nn.Linear` is quantised, the LM head too; a tied embedding table is not.
+    Every projection is quantised, the LM head too; a tied embedding table is not.
     """
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -64,10 +65,14 @@ def quantised_weights(model: nn.Module, bits: Literal[4, 8]) -> Iterator[None]:
             return weight
         return torch.from_numpy(round_trip(weight.numpy(force=True), bits))
 
+    def rounded_transposed(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return rounded(name, weight.T).T if name == "weight" else weight
+
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, nn.Linear):
-                stack.enter_context(_replaced(module, rounded))
+            if is_projection(module):
+                replace = rounded if isinstance(module, nn.Linear) else rounded_transposed
+                stack.enter_context(_replaced(module, replace))
         yield
 
 

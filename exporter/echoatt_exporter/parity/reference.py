@@ -10,20 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from echoatt_exporter.families import family_of
 from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
 from echoatt_exporter.parity.cases import Case, TextRequest, write_script
-from echoatt_exporter.share.modeling_echoatt import (
-    FAMILIES,
-    EchoAttForCausalLM,
-    FollowerAttention,
-)
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import NumericalError
 from echoatt_runtime.executor import Integers
@@ -195,8 +192,6 @@ def _recorded_contexts(
 
 
 def _output_projections(student: EchoAttForCausalLM) -> Iterator[nn.Module]:
-    family = FAMILIES[student.config.get_text_config().model_type]
-    for layer in cast(nn.ModuleList, student.decoder.get_submodule(family.layers)):
-        attention = getattr(layer, family.attention)
-        follower = isinstance(attention, FollowerAttention)
-        yield attention.o_proj if follower else getattr(attention, family.output)
+    family = family_of(student.decoder.config)
+    for layer in family.layers_of(student.decoder):
+        yield family.output_of(family.attention_of(layer))

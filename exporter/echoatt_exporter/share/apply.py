@@ -6,13 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.families import family_of
 from echoatt_exporter.share.align_heads import reorder_heads
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
-from echoatt_exporter.share.modeling_echoatt import (
-    ATTENTION_NAME,
-    EchoAttForCausalLM,
-    drop_queries_and_keys,
-)
+from echoatt_exporter.share.modeling_echoatt import ATTENTION_NAME, EchoAttForCausalLM
 from echoatt_runtime.contract import SharingPlan
 
 
@@ -41,9 +38,18 @@ def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCa
     for layer in plan.followers:
         if order := plan.head_order(layer):
             reorder_heads(teacher, layer, order)
-    drop_queries_and_keys(teacher, plan.sources)
+    family = family_of(text_config)
+    layers = family.layers_of(teacher)
+    for layer in plan.followers:
+        attention = family.attention_of(layers[layer])
+        follower = family.follower_of(attention, text_config)
+        setattr(layers[layer], family.attention, follower.train(attention.training))
     teacher.set_attn_implementation(ATTENTION_NAME)
-    config = EchoAttConfig(text_config=text_config, sources=list(plan.sources))
+    config = EchoAttConfig(
+        text_config=text_config,
+        sources=list(plan.sources),
+        layout=family.student_layout(text_config),
+    )
     config.dtype = teacher.dtype
     with torch.device("meta"):
         student = EchoAttForCausalLM(config)

@@ -29,9 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import CheckpointError, ExportError, OutputExistsError
+from echoatt_exporter.families import FAMILIES, family_of
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.share.unfit_checkpoints import (
     CONFIG,
     refuse_foreign,
@@ -302,10 +303,13 @@ def _student_config(directory: Path, raw: dict[str, Any]) -> tuple[SharingPlan, 
     except Exception as error:
         raise CheckpointError(f"{origin}: not a valid student config ({short(error)})") from error
     plan = SharingPlan(tuple(sources))
+    text_config = config.get_text_config()
     try:
-        architecture_of(config.get_text_config()).validate_plan(plan)
+        architecture_of(text_config).validate_plan(plan)
     except PlanError as error:
         raise CheckpointError(f"{origin}: {error}") from error
+    # By what is known here, whatever the file says: older students' files say nothing
+    config.layout = family_of(text_config).student_layout(text_config)
     return plan, config
 
 

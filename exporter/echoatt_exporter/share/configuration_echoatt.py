@@ -21,6 +21,11 @@ class EchoAttConfig(PreTrainedConfig):
             transformers looks for a composite model's decoder.
         sources: The sharing plan: for each layer the index of the layer whose attention
             probabilities it uses; a source layer names itself. Left out, every layer is a source.
+        layout: What the class must know of the teacher's: by name, the path of its `layers`, in a
+            layer the `attention`, in that the `output` projection and the one that projects
+            `values` (and perhaps more), in `text_config` the `dropout` of attention; and a number
+            for each layer of `query_heads`, `kv_heads` and `head_dims`. Sharing a teacher fills
+            it in.
     """
 
     model_type = "echoatt"
@@ -30,6 +35,7 @@ class EchoAttConfig(PreTrainedConfig):
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     sources: list[int] | None = None
+    layout: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The dict that it may be given is the caller's and is read only

@@ -1,7 +1,8 @@
 """A decoder whose follower layers reuse an earlier layer's attention probabilities.
 
-The student keeps the teacher's own module tree (any family in `FAMILIES`), with the attention of
-each follower layer replaced by one that projects values only. Probabilities travel from a source
+The student keeps the teacher's own module tree, with the attention of each follower layer replaced
+by one that projects values only. Where that is, and of what shape, its configuration's `layout`
+says: this file knows no family of models. Probabilities travel from a source
 layer to its followers in one object made for each forward call and handed down as a keyword
 argument, so that nothing is kept on a module: replicas, threads, recomputed layers and several
 models in one process cannot mix anything up.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,7 +28,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -37,42 +37,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_echoatt import EchoAttConfig
 
 ATTENTION_NAME = "echoatt"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a Hugging Face family keeps what sharing touches.
-
-    Attributes:
-        layers: Path of the list of decoder layers, below the model for causal LM.
-        attention: Name of the attention module in a layer.
-        output: Name of the output projection in the attention.
-        values: How the value projection is stored: `separate` as `v_proj`; `blocked` as the
-            last rows of `qkv_proj`; `interleaved` as every third block of `query_key_value`,
-            head by head.
-    """
-
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    output: str = "o_proj"
-    values: Literal["separate", "blocked", "interleaved"] = "separate"
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "phi3": Family(values="blocked"),
-    "gpt_neox": Family(
-        layers="gpt_neox.layers", attention="attention", output="dense", values="interleaved"
-    ),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
-    "olmo2": Family(),
-    "granite": Family(),
-    "smollm3": Family(),
-}
 
 
 class SharedAttention(Protocol):
@@ -206,7 +170,7 @@ class FollowerAttention(nn.Module):
         num_heads: int,
         head_dim: int,
         v_proj: nn.Linear,
-        o_proj: nn.Linear,
+        o_proj: nn.Module,
         attention_dropout: float,
     ) -> None:
         super().__init__()
@@ -232,7 +196,7 @@ class FollowerAttention(nn.Module):
             hidden_states: [B, S, E].
             shared_attention: This forward call's probabilities.
             past_key_values: The cache; its layer for this module holds values only.
-            layer_past: The same under the name that GPT-NeoX uses.
+            layer_past: The same under an older name.
 
         Returns:
             The output [B, S, E], and None in the place of attention weights.
@@ -246,65 +210,40 @@ class FollowerAttention(nn.Module):
         context = shared_attention.follow(self, value)
         return self.o_proj(context.reshape(B, S, -1)), None
 
-    @classmethod
-    def replacing(cls, attention: Any, config: PreTrainedConfig) -> FollowerAttention:
-        """The follower that keeps the values and the output projection of `attention`.
 
-        Args:
-            attention: A family's own attention module.
-            config: The teacher's configuration.
-        """
-        head_dim = getattr(attention, "head_dim", None) or attention.head_size
-        output: nn.Linear = getattr(attention, FAMILIES[config.model_type].output)
-        return cls(
-            layer_idx=attention.layer_idx,
-            num_heads=output.in_features // head_dim,
-            head_dim=head_dim,
-            v_proj=value_projection(attention, config),
-            o_proj=output,
-            attention_dropout=float(attention.attention_dropout),
-        )
-
-
-def value_projection(attention: Any, config: PreTrainedConfig) -> nn.Linear:
-    """The value projection [N·D, E] of a family's attention, cut out where it is fused.
+def make_followers(decoder: PreTrainedModel, config: EchoAttConfig) -> None:
+    """Turn the follower layers of a new `decoder` into value-only ones with new weights, in place.
 
     Args:
-        attention: A family's own attention module.
-        config: The teacher's configuration.
+        decoder: Made from the teacher's configuration, without a teacher's weights.
+        config: The student's.
     """
-    layout = FAMILIES[config.model_type].values
-    if layout == "separate":
-        separate: nn.Linear = attention.v_proj
-        return separate
-    if layout == "blocked":
-        fused = attention.qkv_proj
-        rows = slice(-config.num_key_value_heads * attention.head_dim, None)
-        weight, bias = fused.weight[rows], None if fused.bias is None else fused.bias[rows]
-    else:
-        fused = attention.query_key_value
-        heads = config.num_attention_heads
-        weight = fused.weight.view(heads, 3, -1, fused.in_features)[:, 2].flatten(0, 1)
-        bias = None if fused.bias is None else fused.bias.view(heads, 3, -1)[:, 2].flatten()
-    projection = nn.Linear(
-        fused.in_features, weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype
-    )
-    # Copies: a view would keep the whole fused matrix alive
-    projection.weight = nn.Parameter(weight.detach().clone(), fused.weight.requires_grad)
-    if bias is not None:
-        projection.bias = nn.Parameter(bias.detach().clone(), fused.weight.requires_grad)
-    return projection
-
-
-def drop_queries_and_keys(decoder: PreTrainedModel, sources: Sequence[int]) -> None:
-    """Turn the follower layers of `decoder` into value-only ones, in place."""
-    family = FAMILIES[decoder.config.model_type]
-    layers = cast(nn.ModuleList, decoder.get_submodule(family.layers))
+    layout, sources, text_config = config.layout, config.sources, config.get_text_config()
+    assert layout is not None  # noqa: S101 - the caller has looked
+    assert sources is not None  # noqa: S101 - the configuration fills it in
+    layers = cast(nn.ModuleList, decoder.get_submodule(layout["layers"]))
     for index, layer in enumerate(layers):
-        if sources[index] != index:
-            attention = getattr(layer, family.attention)
-            follower = FollowerAttention.replacing(attention, decoder.config)
-            setattr(layer, family.attention, follower.train(attention.training))
+        if sources[index] == index:
+            continue
+        attention = layer.get_submodule(layout["attention"])
+        # Of this projection, which may be of queries and keys too, the value projection is a part
+        values: Any = attention.get_submodule(layout["values"])
+        head_dim = layout["head_dims"][index]
+        v_proj = nn.Linear(
+            text_config.hidden_size,
+            layout["kv_heads"][index] * head_dim,
+            bias=values.bias is not None,
+            dtype=values.weight.dtype,
+        )
+        follower = FollowerAttention(
+            layer_idx=index,
+            num_heads=layout["query_heads"][index],
+            head_dim=head_dim,
+            v_proj=v_proj,
+            o_proj=attention.get_submodule(layout["output"]),
+            attention_dropout=float(getattr(text_config, layout["dropout"])),
+        )
+        setattr(layer, layout["attention"], follower.train(attention.training))
 
 
 class _ValueOnlyLayer(DynamicLayer):
@@ -365,15 +304,15 @@ class EchoAttForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EchoAttConfig) -> None:
         super().__init__(config)
         text_config = config.get_text_config()
-        if text_config.model_type not in FAMILIES:
+        if config.layout is None:
             raise ValueError(
-                f"teacher type {text_config.model_type!r} is not supported; EchoAtt knows"
-                f" {', '.join(sorted(FAMILIES))}"
+                "the student's configuration has no layout, as an older EchoAtt saved it; load it"
+                " with echoatt_exporter.load_shared and save that"
             )
         self.decoder = AutoModelForCausalLM.from_config(
             text_config, attn_implementation=ATTENTION_NAME
         )
-        drop_queries_and_keys(self.decoder, self.sources)
+        make_followers(self.decoder, config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from echoatt_exporter.families import family_of
 from echoatt_exporter.share.modeling_echoatt import (
     ATTENTION_NAME,
     FollowerAttention,
@@ -110,6 +111,6 @@ def why_not_recomputed(config: PreTrainedConfig) -> str | None:
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention scores are soft-capped, which fused attention cannot do"
-    if getattr(config, "attention_dropout", 0.0):
+    if getattr(config, family_of(config).dropout):
         return "attention dropout would differ between a source and its followers"
     return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from echoatt_exporter.errors import CheckpointError, UnsupportedModelError
-from echoatt_exporter.share.modeling_echoatt import FAMILIES
+from echoatt_exporter.families import FAMILIES, family_of, known_families
 from echoatt_exporter.share.weight_files import DENSE_DTYPES, StoredTensor, few
 
 CONFIG = "config.json"
@@ -30,19 +30,16 @@ def refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
 def refuse_foreign(
     directory: Path, raw: dict[str, Any], family: str, trust_remote_code: bool
 ) -> None:
-    """Refuse a type that is not in `FAMILIES`, unless trusted code might turn it into one."""
-    if family == "gemma3":
-        raise UnsupportedModelError(
-            f"{directory}: a multimodal Gemma 3; only text checkpoints (model type gemma3_text)"
-            " are supported"
-        )
+    """Refuse a type that is no known family, unless trusted code might turn it into one."""
+    for known in FAMILIES.values():
+        if reason := known.relatives.get(family):
+            raise UnsupportedModelError(f"{directory}: {reason}")
     if "auto_map" in raw:
         if trust_remote_code:
             return
         raise UnsupportedModelError(
             f"{directory}: model type {family!r} comes with its own Python code, which is not run"
-            f" unless you trust it (--trust-remote-code); EchoAtt knows"
-            f" {', '.join(sorted(FAMILIES))}"
+            f" unless you trust it (--trust-remote-code); EchoAtt knows {known_families()}"
         )
     named = raw.get("architectures") or []
     decoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not raw.get("is_encoder_decoder")
@@ -50,8 +47,7 @@ def refuse_foreign(
         named and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
     ):
         raise UnsupportedModelError(
-            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows"
-            f" {', '.join(sorted(FAMILIES))}"
+            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows {known_families()}"
         )
     # what is left is a decoder of a family that architecture_of() refuses with its own message
 
@@ -73,10 +69,12 @@ def refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
 
 def refuse_other_modules(directory: Path, model: PreTrainedModel) -> None:
     """Refuse a trusted class of a known model type that is not built as transformers' own is."""
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config)
     try:
-        for layer in cast(torch.nn.ModuleList, model.get_submodule(family.layers)):
-            layer.get_submodule(family.attention).get_submodule(family.output)
+        for layer in family.layers_of(model):
+            attention = family.attention_of(layer)
+            attention.get_submodule(family.output)
+            attention.get_submodule(family.heads.values)
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{directory}: its own {type(model).__name__} is not built like transformers'"

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from echoatt_exporter.families import family_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.trace.layer_kinds import LayerKinds, layers_of
+from echoatt_exporter.trace.layer_kinds import LayerKinds
 from echoatt_exporter.trace.markers import MarkedAttention, marked_layers
+from echoatt_exporter.trace.plain_products import plain_products
 from echoatt_exporter.trace.scatter_cache import ScatterCache
 from echoatt_runtime.contract import Specification
 
@@ -32,6 +34,7 @@ class DecoderGraph(nn.Module):
         """Wrap a student whose decoder runs the templates of `kinds` only."""
         super().__init__()
         self.decoder = student.decoder
+        self._family = family_of(student.decoder.config)
         self._specification = specification
         self._kinds = kinds
 
@@ -65,12 +68,13 @@ class DecoderGraph(nn.Module):
         cache = ScatterCache(caches, past_lengths)
         positions = past_lengths[:, None] + torch.arange(input_ids.shape[1])[None]
         with (
+            plain_products(self.decoder),
             _only_wanted_rows(self.decoder.get_output_embeddings(), logits_indices),
-            marked_layers(layers_of(self.decoder), self._kinds.templates),
+            marked_layers(self._family.layers_of(self.decoder), self._kinds.templates),
         ):
             logits = self.decoder(
                 input_ids=input_ids,
-                position_ids=positions,
+                position_ids=self._position_ids(positions),
                 attention_mask=self._masks(positions, capacity=past[0].shape[2]),
                 past_key_values=cache,
                 use_cache=True,
@@ -83,6 +87,15 @@ class DecoderGraph(nn.Module):
             if buffer is not None
         ]
         return logits.float(), presents
+
+    def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions [B, S] for the decoder's embeddings.
+
+        A short row's padding may lie behind the last position that a table has.
+        """
+        if not self._family.learned_positions:
+            return positions
+        return positions.clamp(max=self._specification.context_length - 1)
 
     def _masks(self, positions: torch.Tensor, capacity: int) -> Any:
         """Additive masks [B, 1, S, T]; a tensor, or by layer type for families that mix kinds."""

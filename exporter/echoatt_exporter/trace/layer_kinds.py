@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.families import family_of
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.contract import Specification
 
 
@@ -31,13 +32,6 @@ class LayerKinds:
         return tuple(sorted(set(self.template_of)))
 
 
-def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
-    """A decoder's list of layers."""
-    layers = decoder.get_submodule(FAMILIES[decoder.config.model_type].layers)
-    assert isinstance(layers, nn.ModuleList)  # noqa: S101 - so it is in every family
-    return layers
-
-
 def find_layer_kinds(student: EchoAttForCausalLM, specification: Specification) -> LayerKinds:
     """Group a student's layers.
 
@@ -48,7 +42,8 @@ def find_layer_kinds(student: EchoAttForCausalLM, specification: Specification) 
     lending = {source for layer, source in enumerate(sources) if layer != source}
     first: dict[Hashable, int] = {}
     template_of: list[int] = []
-    for index, layer in enumerate(layers_of(student.decoder)):
+    layers = family_of(student.decoder.config).layers_of(student.decoder)
+    for index, layer in enumerate(layers):
         source = sources[index]
         kind = (
             _structure(layer),
@@ -86,9 +81,11 @@ def _structure(layer: nn.Module) -> Hashable:
 @contextmanager
 def only_layers(decoder: PreTrainedModel, indices: Sequence[int]) -> Iterator[None]:
     """Let `decoder` run some of its layers only, which keep their numbers."""
-    path, _, name = FAMILIES[decoder.config.model_type].layers.rpartition(".")
-    parent, config = decoder.get_submodule(path), decoder.config
-    layers, count = layers_of(decoder), config.num_hidden_layers
+    config = decoder.config
+    family = family_of(config)
+    path, _, name = family.layers.rpartition(".")
+    parent = decoder.get_submodule(path)
+    layers, count = family.layers_of(decoder), config.num_hidden_layers
     layer_types = getattr(config, "layer_types", None)
     try:
         setattr(parent, name, nn.ModuleList([layers[index] for index in indices]))

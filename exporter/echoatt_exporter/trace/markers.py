@@ -47,6 +47,7 @@ def marked_layers(layers: nn.ModuleList, numbers: tuple[int, ...]) -> Iterator[N
             def enter(
                 _: nn.Module, arguments: tuple[Any, ...], number: int = number
             ) -> tuple[Any, ...]:
+                # Every family gives the hidden states first, by position
                 return (_mark(LAYER_INPUT, arguments[0], number), *arguments[1:])
 
             def leave(

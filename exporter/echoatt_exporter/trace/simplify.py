@@ -11,7 +11,11 @@ import re
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
-from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import (
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
 
 # Large enough for every shape and scalar, small enough for no weight.
 _FOLD_LIMIT_BYTES = 1024
@@ -27,6 +31,7 @@ def simplify(model: ir.Model) -> None:
     )
     LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     IdentityEliminationPass()(model)
+    _drop_idle_reshapes(model)
     _strip_prefix(model)
     # Where torch was in the model's source: paths of the machine that exported it
     for node in model.graph:
@@ -58,6 +63,25 @@ def _fold_weight_transposes(model: ir.Model) -> None:
         if only_use:
             del graph.initializers[name]
         graph.register_initializer(transposed)
+
+
+def _drop_idle_reshapes(model: ir.Model) -> None:
+    """Let readers of a Reshape to the shape that its operand has read the operand.
+
+    Torch's symbols are proven equal where they are the same.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape" or (data := node.inputs[0]) is None:
+            continue
+        result = node.outputs[0]
+        if data.shape is None or result.shape is None or result.is_graph_output():
+            continue
+        dims = list(data.shape)
+        known = all(isinstance(dim, int) or dim.value is not None for dim in dims)
+        if known and dims == list(result.shape):
+            ir.convenience.replace_all_uses_with(result, data)
+            model.graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
 
 
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:

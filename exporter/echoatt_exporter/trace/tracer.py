@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
-from echoatt_exporter.share.modeling_echoatt import FAMILIES, EchoAttForCausalLM
+from echoatt_exporter.families import family_of
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.decoder_graph import DecoderGraph
 from echoatt_exporter.trace.lay_out import lay_out_layers
-from echoatt_exporter.trace.layer_kinds import find_layer_kinds, layers_of, only_layers
+from echoatt_exporter.trace.layer_kinds import find_layer_kinds, only_layers
 from echoatt_exporter.trace.scatter_cache import OPSET_VERSION
 from echoatt_exporter.trace.simplify import simplify
 from echoatt_runtime.contract import (
@@ -67,13 +68,13 @@ def trace_student(student: EchoAttForCausalLM, specification: Specification) -> 
     """
     kinds = find_layer_kinds(student, specification)
     decoder = student.decoder
-    layers = layers_of(decoder)
+    family = family_of(decoder.config)
+    layers = family.layers_of(decoder)
     caches = [cache for cache in specification.caches if cache.layer in kinds.templates]
     with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
         model = _trace(DecoderGraph(student, specification, kinds), caches, student.dtype)
     _name_dimensions(model, specification)
-    prefix = f"decoder.{FAMILIES[specification.family].layers}."
-    lay_out_layers(model, specification, kinds, layers, prefix)
+    lay_out_layers(model, specification, kinds, layers, f"decoder.{family.layers}.")
     simplify(model)
     return model
 

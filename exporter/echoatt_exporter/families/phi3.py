@@ -1,0 +1,6 @@
+"""Phi-3: Llama with packed projections."""
+
+from echoatt_exporter.families.base import Family
+from echoatt_exporter.families.head_layouts import BlockedHeads
+
+FAMILY = Family(model_type="phi3", heads=BlockedHeads("qkv_proj"))

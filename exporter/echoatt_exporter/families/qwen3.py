@@ -1,0 +1,5 @@
+"""Qwen3: Llama with a norm for each head of queries and keys."""
+
+from echoatt_exporter.families.base import Family
+
+FAMILY = Family(model_type="qwen3")
