@@ -21,7 +21,16 @@ from echoatt_runtime.contract import SharingPlan
 OnStep = Callable[[str], None]
 
 # What of this package a bundle's content depends on: a change there makes bundles anew
-_EXPORT_SOURCES = ("trace", "graph", "quantise", "share", "bundle", "architecture.py", "export.py")
+_EXPORT_SOURCES = (
+    "families",
+    "share",
+    "trace",
+    "graph",
+    "quantise",
+    "bundle",
+    "architecture.py",
+    "export.py",
+)
 
 
 def default_work() -> Path:
