@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _NoLayers(nn.Module):
-    """Stands where the decoder layers are and hands its input on."""
+    """Stands where the decoder layers are and hands its input on, as a body's output.
 
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    Older families look for every field that a body's output can have.
+    """
+
+    def forward(
+        self, *_: Any, inputs_embeds: torch.Tensor, **__: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def head_of(decoder: PreTrainedModel) -> Head:

@@ -1,0 +1,5 @@
+"""StarCoder2: biases everywhere, norms that centre, and a sliding window in every layer or none."""
+
+from echoatt_exporter.families.base import Family
+
+FAMILY = Family(model_type="starcoder2")
