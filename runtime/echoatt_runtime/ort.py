@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "SessionOptions",
     "SharedWeights",
     "TensorInfo",
+    "cuda_library",
     "has_cuda",
     "import_onnxruntime",
     "open_session",
@@ -66,9 +68,11 @@ _MACHINE_FAULTS: Final = ("EPFail", "EngineError", "RuntimeException")
 # The words of its allocators, of the C++ library and of CUDA
 _OUT_OF_MEMORY: Final = re.compile(
     r"bad.?alloc|failed to allocate|out of memory|cannot allocate|allocation failed|"
-    r"not enough memory|memory allocation",
+    r"not enough memory|memory allocation|smaller than requested bytes|alloc_failed",
     re.IGNORECASE,
 )
+# What a call of CUDA's libraries gave back; ONNX Runtime has no type of its own for it
+_DEVICE_FAILED: Final = re.compile(r"\b(CUDA|CUBLAS|CUDNN) failure \d")
 
 
 def import_onnxruntime() -> ModuleType:
@@ -94,7 +98,7 @@ def has_cuda() -> bool:
     """
     ort = import_onnxruntime()
     try:
-        _prepare_cuda(ort)
+        _load_cuda(ort)
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
     except DeviceError:
         return False
@@ -102,6 +106,19 @@ def has_cuda() -> bool:
     except Exception:  # noqa: BLE001
         return False
     return True
+
+
+def cuda_library() -> ctypes.CDLL:
+    """The CUDA provider's library, in which the functions of CUDA's own runtime are found too.
+
+    A library's functions are looked up in what it needs as well: so these are the ones that ONNX
+    Runtime calls, whatever version of CUDA it was built for and whatever else is loaded.
+
+    Raises:
+        DeviceError: ONNX Runtime is built without CUDA, or the library cannot be loaded.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    return _load_cuda(import_onnxruntime())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,14 +202,17 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
         raise OptionError(f"threads is {options.threads}; give at least 1, or None for all cores")
     ort = import_onnxruntime()
     provider = PROVIDERS[options.device]
+    providers: list[Any] = [(provider, dict(options.provider_options or {}))]
     if options.device == "cuda":
-        _prepare_cuda(ort)
+        _load_cuda(ort)
+        # Computations of shapes belong on the CPU, and are warned of where that is not named
+        providers.append(PROVIDERS["cpu"])
     with _loading(ort, where, options.device):
         settings, kept = _settings(ort, options)
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             sess_options=settings,
-            providers=[(provider, dict(options.provider_options or {}))],
+            providers=providers,
             enable_fallback=0,
         )
     if provider not in session.get_providers():
@@ -348,7 +368,7 @@ def _loading(ort: ModuleType, where: str, device: str) -> Iterator[None]:
                 f"({one_line(error)}); load it on the device it was exported for, or upgrade ONNX "
                 "Runtime"
             ) from error
-        if isinstance(error, model_faults):
+        if isinstance(error, model_faults) and not _DEVICE_FAILED.search(str(error)):
             raise DamagedBundleError(
                 f"ONNX Runtime {ort.__version__} refuses {where} ({one_line(error)}); "
                 "export it again, or upgrade ONNX Runtime"
@@ -373,7 +393,7 @@ def _run_error(error: Exception, where: str, device: str) -> Exception:
             f"ONNX Runtime has no kernel on {device} for a step of {where} ({said}); "
             "load it on the device it was exported for, or upgrade ONNX Runtime"
         )
-    if isinstance(error, (state.EPFail, state.EngineError)):
+    if isinstance(error, (state.EPFail, state.EngineError)) or _DEVICE_FAILED.search(said):
         return DeviceError(
             f"{device} failed in a step of {where} ({said}); see that the device works"
         )
@@ -383,32 +403,31 @@ def _run_error(error: Exception, where: str, device: str) -> Exception:
     )
 
 
-def _prepare_cuda(ort: ModuleType) -> None:
+def _load_cuda(ort: ModuleType) -> ctypes.CDLL:
+    """Load the CUDA provider's library with all that it needs.
+
+    ONNX Runtime itself only logs why it cannot be loaded, and goes on without the provider.
+
+    Raises:
+        DeviceError: It cannot be loaded, or there is none.
+    """
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise DeviceError(
             "device 'cuda' needs onnxruntime-gpu and the installed ONNX Runtime is built without "
             "CUDA; pip uninstall onnxruntime, then pip install 'echoatt[gpu]'"
         )
-    # The wheels' own CUDA and cuDNN libraries are not on the loader's path.
-    ort.preload_dlls()
-    fault = _cuda_library_fault(Path(str(ort.__file__)).parent / "capi")
-    if fault is not None:
+    # The wheels' own CUDA and cuDNN libraries are not on the loader's path. What this function
+    # prints of those that are absent is raised below.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    folder = Path(str(ort.__file__)).parent / "capi"
+    try:
+        for stem in ("shared", "cuda"):
+            path = folder / f"libonnxruntime_providers_{stem}.so"
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
         raise DeviceError(
-            f"ONNX Runtime's CUDA provider cannot load ({fault}); pip install 'echoatt[gpu]' "
-            "brings the libraries it needs, the driver comes with the system"
-        )
-
-
-def _cuda_library_fault(directory: Path) -> str | None:
-    """Why the provider's library cannot be loaded.
-
-    ONNX Runtime only logs the reason and goes on without the provider.
-    """
-    for stem in ("providers_shared", "providers_cuda"):
-        library = directory / f"libonnxruntime_{stem}.so"
-        if library.exists():
-            try:
-                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            except OSError as error:
-                return one_line(error)
-    return None
+            f"ONNX Runtime's CUDA provider cannot load ({one_line(error)}); pip install "
+            "'echoatt[gpu]' brings the libraries it needs, the driver comes with the system"
+        ) from error
+    return library

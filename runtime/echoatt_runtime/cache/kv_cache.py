@@ -6,6 +6,7 @@ keys and values; rows at work take the first slots, because a graph reads one ru
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from echoatt_runtime.cache.capacity import bucket_capacity
 from echoatt_runtime.cache.memory import Memory
 from echoatt_runtime.contract import CacheSpec
+from echoatt_runtime.errors import OutOfMemoryError
 
 # Smaller memory for the rows that are left is worth the copy from a quarter less on
 _SHRINK_NUMERATOR, _SHRINK_DENOMINATOR = 3, 4
@@ -72,7 +74,7 @@ class KVCache:
 
         Raises:
             ContextOverflowError: As in `bucket_capacity`.
-            OutOfMemoryError: There is no memory left.
+            OutOfMemoryError: There is no memory left; the cache is as it was.
         """
         if tokens > self.capacity:
             self._move_to(bucket_capacity(tokens, self.limit), lengths)
@@ -89,7 +91,9 @@ class KVCache:
         """
         capacity = bucket_capacity(tokens, self.limit)
         if capacity * _SHRINK_DENOMINATOR <= self.capacity * _SHRINK_NUMERATOR:
-            self._move_to(capacity, lengths)
+            # Without room for a buffer beside the old one it stays as it is
+            with contextlib.suppress(OutOfMemoryError):
+                self._move_to(capacity, lengths)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Move a row from one slot to another; the others stay where they are.
@@ -133,23 +137,35 @@ class KVCache:
 
     def _move_to(self, capacity: int, lengths: Sequence[int]) -> None:
         """Lay every slot out anew. One buffer after another: at most one of them exists twice."""
-        old_capacity, self.capacity = self.capacity, capacity
+        moved: list[int] = []
         self.layout += 1
-        for index, spec in enumerate(self.specs):
-            outer, inner = _around_capacity(spec)
-            old = self._memories[index]
-            new = old.new(self.slots * self._row_bytes(spec))
-            for slot, length in enumerate(lengths):
-                old.copy_rows(
-                    slot * spec.bytes_per_token * old_capacity,
-                    old_capacity * inner,
-                    length * inner,
-                    new,
-                    slot * self._row_bytes(spec),
-                    capacity * inner,
-                    outer,
-                )
-            self._memories[index] = new
+        try:
+            for index in range(len(self.specs)):
+                self._move_buffer(index, self.capacity, capacity, lengths)
+                moved.append(index)
+        except OutOfMemoryError:
+            # As it was: what a buffer left when it moved is free to take it back
+            for index in reversed(moved):
+                self._move_buffer(index, capacity, self.capacity, lengths)
+            raise
+        self.capacity = capacity
+
+    def _move_buffer(self, index: int, before: int, after: int, lengths: Sequence[int]) -> None:
+        """Move one cache from memory of a capacity to new memory of another."""
+        spec, old = self.specs[index], self._memories[index]
+        outer, inner = _around_capacity(spec)
+        new = old.new(self.slots * spec.bytes_per_token * after)
+        for slot, length in enumerate(lengths):
+            old.copy_rows(
+                slot * spec.bytes_per_token * before,
+                before * inner,
+                length * inner,
+                new,
+                slot * spec.bytes_per_token * after,
+                after * inner,
+                outer,
+            )
+        self._memories[index] = new
 
 
 def _around_capacity(spec: CacheSpec) -> tuple[int, int]:

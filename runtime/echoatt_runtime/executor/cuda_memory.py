@@ -1,51 +1,77 @@
-"""Memory of a CUDA device, allocated by ONNX Runtime and copied by CUDA's own runtime.
+"""Memory of a CUDA device, taken and copied by CUDA's own runtime.
 
-ONNX Runtime's Python interface copies whole values between host and device only. A cache that grows
-moves runs of bytes inside the device, which `cudaMemcpy2D` does in one call.
+ONNX Runtime's Python interface copies whole values between host and device only, where a cache that
+grows moves runs of bytes inside the device. And what its allocator has once taken, in powers of
+two, a session cannot use when a cache has given it back.
+
+Everything is queued in the device's default stream and waited for at once. ONNX Runtime computes in
+a stream of its own, which does not wait for the default one, so that a step would read its inputs
+before they have come. The other way round nothing is needed: a run ends when its stream has.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from typing import Any, Final
 
 import numpy as np
 
 from echoatt_runtime.cache.memory import Bytes
 from echoatt_runtime.errors import DeviceError, OutOfMemoryError, one_line
-from echoatt_runtime.ort import import_onnxruntime
+from echoatt_runtime.ort import cuda_library
 
+# cudaMemcpyKind
 _HOST_TO_DEVICE: Final = 1
 _DEVICE_TO_HOST: Final = 2
 _DEVICE_TO_DEVICE: Final = 3
-# The library is in the process already: the CUDA provider needs it
-_LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
+# cudaErrorMemoryAllocation
+_OUT_OF_MEMORY: Final = 2
+# ONNX Runtime's default
+_DEVICE: Final = 0
+_DEFAULT_STREAM: Final = None
+
+_NUMBER, _SIZE, _POINTER = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
+_ARGUMENTS: Final[dict[str, list[Any]]] = {
+    "cudaSetDevice": [_NUMBER],
+    "cudaMalloc": [_POINTER, _SIZE],
+    "cudaFree": [_POINTER],
+    "cudaMemsetAsync": [_POINTER, _NUMBER, _SIZE, _POINTER],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, _SIZE, _NUMBER, _POINTER],
+    "cudaMemcpy2DAsync": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _NUMBER, _POINTER],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaGetLastError": [],
+    "cudaGetErrorString": [_NUMBER],
+}
 
 
 class CudaMemory:
-    """A run of zeroed bytes on the device.
+    """A run of zeroed bytes on the device, given back with the object.
 
     Attributes:
-        address: Where it begins, for the device.
+        address: Where it begins, for the device, at a multiple of 256; 0 where it has no bytes.
         nbytes: Its length.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
+        self.address, self.nbytes = 0, nbytes
         self._cuda = _runtime()
-        ort = import_onnxruntime()
-        try:
-            # One byte at least: there is no value of none
-            self._value = ort.OrtValue.ortvalue_from_shape_and_type(
-                [max(nbytes, 1)], np.uint8, "cuda", 0
-            )
-        except Exception as error:
+        if not nbytes:
+            return
+        # Another library may have chosen another device for this thread
+        _check("cudaSetDevice", self._cuda.cudaSetDevice(_DEVICE))
+        place = ctypes.c_void_p()
+        code = self._cuda.cudaMalloc(ctypes.byref(place), nbytes)
+        if code == _OUT_OF_MEMORY:
             raise OutOfMemoryError(
-                f"there is no memory left on cuda for {nbytes:,} bytes ({one_line(error)}); "
+                f"there is no memory left on cuda for {nbytes:,} bytes ({_forget_error(code)}); "
                 "run fewer prompts at once, or shorter ones"
-            ) from error
-        self.address: int = self._value.data_ptr()
+            )
+        _check("cudaMalloc", code)
+        self.address = int(place.value or 0)
+        # When the process ends its memory goes by itself, maybe before this could be called
+        weakref.finalize(self, self._cuda.cudaFree, self.address).atexit = False
         self.clear(0, nbytes)
 
     def new(self, nbytes: int) -> CudaMemory:
@@ -65,7 +91,7 @@ class CudaMemory:
         """See `Memory`; nothing leaves the device."""
         if rows and width:
             self._call(
-                "cudaMemcpy2D",
+                "cudaMemcpy2DAsync",
                 target.address + target_start,
                 target_pitch,
                 self.address + start,
@@ -78,46 +104,63 @@ class CudaMemory:
     def clear(self, start: int, nbytes: int) -> None:
         """See `Memory`."""
         if nbytes:
-            self._call("cudaMemset", self.address + start, 0, nbytes)
+            self._call("cudaMemsetAsync", self.address + start, 0, nbytes)
 
     def read(self) -> Bytes:
         """See `Memory`."""
         host = np.empty(self.nbytes, np.uint8)
-        self._call("cudaMemcpy", host.ctypes.data, self.address, self.nbytes, _DEVICE_TO_HOST)
+        self._copy(host.ctypes.data, self.address, host.size, _DEVICE_TO_HOST)
         return host
 
     def write(self, start: int, data: Bytes) -> None:
         """See `Memory`."""
         source = np.ascontiguousarray(data)
-        self._call(
-            "cudaMemcpy", self.address + start, source.ctypes.data, source.size, _HOST_TO_DEVICE
-        )
+        self._copy(self.address + start, source.ctypes.data, source.size, _HOST_TO_DEVICE)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        if nbytes:
+            self._call("cudaMemcpyAsync", target, source, nbytes, kind)
 
     def _call(self, name: str, *arguments: int) -> None:
-        # The graph runs in a stream of its own, which does not wait for the default one
-        code = getattr(self._cuda, name)(*arguments) or self._cuda.cudaStreamSynchronize(None)
-        if code:
-            raise DeviceError(f"{name} failed on cuda with code {code}; see that the GPU works")
+        """Queue a call, and wait for it."""
+        _check(name, getattr(self._cuda, name)(*arguments, _DEFAULT_STREAM))
+        _check(name, self._cuda.cudaStreamSynchronize(_DEFAULT_STREAM))
+
+
+def _check(name: str, code: int) -> None:
+    """Raise what a call gives back as an error.
+
+    Raises:
+        DeviceError: It failed.
+    """
+    if code:
+        raise DeviceError(
+            f"{name} failed on cuda ({_forget_error(code)}); see that the device works"
+        )
+
+
+def _forget_error(code: int) -> str:
+    """An error in CUDA's words. It is forgotten, or ONNX Runtime would take it for its own."""
+    cuda = _runtime()
+    cuda.cudaGetLastError()
+    return f"{cuda.cudaGetErrorString(code).decode()}, code {code}"
 
 
 @functools.cache
 def _runtime() -> Any:
-    """CUDA's runtime library, with the types of what is called.
+    """The library with CUDA's functions, which know their arguments' types.
 
     Raises:
-        DeviceError: There is none.
+        DeviceError: It cannot be loaded, or lacks a function.
     """
-    for name in _LIBRARIES:
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        library.cudaMemset.argtypes = [pointer, number, size]
-        library.cudaStreamSynchronize.argtypes = [pointer]
-        library.cudaMemcpy.argtypes = [pointer, pointer, size, number]
-        library.cudaMemcpy2D.argtypes = [pointer, size, pointer, size, size, size, number]
-        return library
-    raise DeviceError(
-        "CUDA's runtime library (libcudart) cannot be loaded; pip install 'echoatt[gpu]' brings it"
-    )
+    library = cuda_library()
+    try:
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+    except AttributeError as error:
+        raise DeviceError(
+            f"CUDA's runtime library does not fit ONNX Runtime ({one_line(error)}); "
+            "pip install 'echoatt[gpu]' brings one that does"
+        ) from error
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    return library

@@ -5,6 +5,9 @@ Shapes: B batch, S new tokens, n wanted logits, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +24,10 @@ from echoatt_runtime.ort import Binding
 
 Integers = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+
+# Elements between inputs that lie one behind the other: 256 bytes, as CUDA aligns memory itself and
+# its kernels may take for granted
+_ALIGNMENT: Final = 32
 
 
 class StepArrays:
@@ -56,18 +63,19 @@ class StepArrays:
             OutOfMemoryError: There is no memory left.
         """
         B, S, n = self.shape = shape
-        self._host = np.zeros(B * (S + 1 + n), np.int64)
-        self._bytes = self._host.view(np.uint8)
-        self._device = memory.new(self._bytes.size)
         parts = {INPUT_IDS: (B, S), PAST_LENGTHS: (B,), LOGITS_INDICES: (B, n)}
+        sizes = [math.prod(dims) for dims in parts.values()]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        host = np.zeros(sum(padded), np.int64)
+        self._bytes = host.view(np.uint8)
+        self._device = memory.new(self._bytes.size)
         self._parts: dict[str, Integers] = {}
         begin = 0
-        for name, dims in parts.items():
-            size = int(np.prod(dims))
-            self._parts[name] = self._host[begin : begin + size].reshape(dims)
-            address = self._device.address + begin * self._host.itemsize
+        for (name, dims), size, room in zip(parts.items(), sizes, padded, strict=True):
+            self._parts[name] = host[begin : begin + size].reshape(dims)
+            address = self._device.address + begin * host.itemsize
             binding.bind_input(name, device, ELEMENT_TYPES["int64"], dims, address)
-            begin += size
+            begin += room
         try:
             self.logits = np.empty((B, n, vocab_size), np.float32)
         except MemoryError as error:
