@@ -1,7 +1,10 @@
+import importlib
 import json
 import subprocess
 import sys
 from importlib.metadata import version
+
+import pytest
 
 import echoatt_runtime
 from echoatt_runtime import EchoAttError
@@ -36,6 +39,32 @@ EXPORTED = [
     "__version__",
 ]
 
+# Below the top: what exporter, bench and parity may use, and nothing else
+PUBLIC_ROOMS = {
+    "bundle": ("Bundle file_sha256 find_model read_manifest read_onnx_file"),
+    "cache": ("BUCKET HostMemory KVCache Memory bucket_capacity"),
+    "contract": (
+        "BundleFile CAPABILITIES COMPANION CacheSpec DEVICES DTYPES Dtype ELEMENT_TYPES "
+        "ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS LOGITS_INDICES LayerKind "
+        "METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS SharingPlan SourceCheckpoint "
+        "Specification Verification WEIGHTS head_order_fault lay_out_caches"
+    ),
+    "executor": (
+        "Choice Executor Integers Logits PREFILL_CHUNK TextLogits executor_of open_executor "
+        "run_texts slots_of"
+    ),
+    "generation": ("Batch TokenSequence check_token_ids generate"),
+    "measures": ("kl_divergence log_probabilities log_softmax perplexity same_top_token spread"),
+    "ort": (
+        "Binding OrtSession PROVIDERS SessionOptions SharedWeights TensorInfo cuda_library "
+        "has_cuda import_onnxruntime open_session"
+    ),
+    "text": (
+        "CHAT_TEMPLATE_FILE Detokenizer Message StopMatcher TOKENIZER_CONFIG_FILE "
+        "TOKENIZER_FILE TextTokenizer render_chat"
+    ),
+}
+
 
 def run_python(program, *arguments):
     return subprocess.run(
@@ -50,6 +79,13 @@ def test_exported_members():
     assert echoatt_runtime.__all__ == EXPORTED
     assert all(hasattr(echoatt_runtime, name) for name in EXPORTED)
     assert echoatt_runtime.__version__ == version("echoatt")
+
+
+@pytest.mark.parametrize("room", PUBLIC_ROOMS)
+def test_members_of_the_rooms(room):
+    module = importlib.import_module(f"echoatt_runtime.{room}")
+    assert sorted(module.__all__) == sorted(PUBLIC_ROOMS[room].split())
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_every_error_is_exported_and_of_one_tree():
