@@ -54,7 +54,7 @@ class TextTokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a checkpoint.
 
         Raises:
-            DamagedBundleError: tokenizer.json is missing, or a file cannot be read.
+            DamagedBundleError: There is no tokenizer.json, or a file cannot be read.
         """
 
         def find(name: str) -> Path | None:
