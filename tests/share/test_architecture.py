@@ -6,8 +6,7 @@ import pytest
 
 from echoatt_exporter import SharingPlan
 from echoatt_exporter.analyze.neighbourhood import admissible_pairs
-from echoatt_exporter.architecture import DecoderArchitecture
-from echoatt_exporter.errors import UnsupportedModelError
+from echoatt_exporter.architecture import DecoderArchitecture, specification_fields
 from echoatt_runtime.errors import PlanError
 
 UNEVEN = DecoderArchitecture(
@@ -37,6 +36,14 @@ def test_only_layers_with_as_many_query_heads_are_paired() -> None:
     assert list(admissible_pairs(UNEVEN.sharing_kinds)) == [(1, 0), (3, 2)]
 
 
-def test_a_manifest_has_no_words_for_them() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"query_heads are \[4, 4, 6, 6\]"):
-        UNEVEN.manifest_fields()
+def test_a_specification_says_each_layers_own_heads() -> None:
+    assert specification_fields(UNEVEN) == {
+        "family": "llama",
+        "layer_kinds": ("full",) * 4,
+        "sliding_window": None,
+        "query_heads": (4, 4, 6, 6),
+        "kv_heads": (2, 4, 2, 2),
+        "head_dims": (8, 8, 4, 4),
+        "vocab_size": 100,
+        "context_length": 64,
+    }
