@@ -3,7 +3,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import FuseRmsNorm
+from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
 
 RNG = np.random.default_rng(11)
 X = RNG.standard_normal((2, 3, 8)).astype(np.float32)

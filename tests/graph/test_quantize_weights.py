@@ -4,7 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import GraphSize, QuantizeWeights
+from echoatt_exporter.graph import GraphSize
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 
 RNG = np.random.default_rng(23)
 

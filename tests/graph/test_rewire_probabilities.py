@@ -2,8 +2,8 @@ import onnx_ir as ir
 import pytest
 
 from echoatt_exporter.errors import ContractError
-from echoatt_exporter.graph import RewireProbabilities
 from echoatt_exporter.graph.attention import find_attention
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 from echoatt_runtime.errors import PlanError
 
 PLAN = (0, 1, 1, 0)

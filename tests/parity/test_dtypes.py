@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.parity import mutants
 
-from echoatt_exporter.graph import QuantizeWeights
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 from echoatt_exporter.parity import compare, record_reference
 from echoatt_exporter.parity.arithmetic import (
     float32_arithmetic,
