@@ -1,10 +1,12 @@
 """Roles follow from where a weight stands, in a traced graph and in a bundle's alike."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.errors import ContractError
@@ -145,21 +147,35 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("family", list(MODULES))
-def test_roles_agree_with_the_family(tiny_model, family):
-    teacher = tiny_model(family, num_hidden_layers=1)
-    plan = SharingPlan((0,))
-    student = share_attention(teacher, plan)
+SIZES = ("query_heads", "kv_heads", "head_dims")
+
+
+def trace(tiny_model, family, turned=False):
+    """A student, its trace, and what was to be built; `turned` lets caches lie otherwise."""
+    student = share_attention(tiny_model(family, num_hidden_layers=1), SharingPlan((0,)))
     fields = specification_fields(architecture_of(student.config.get_text_config()))
-    caches = lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], "float32")
+    caches = lay_out_caches(SharingPlan((0,)), fields["kv_heads"], fields["head_dims"], "float32")
+    if turned:
+        axes = {kind: caches[not index].axes for index, kind in enumerate(("key", "value"))}
+        caches = tuple(dataclasses.replace(cache, axes=axes[cache.kind]) for cache in caches)
     specification = Specification(
-        **fields, plan=plan, dtype="fp32", device="cpu", caches=caches, bos_token_id=1,
-        eos_token_ids=(2,), pad_token_id=None,
+        **fields, plan=SharingPlan((0,)), dtype="fp32", device="cpu", caches=caches,
+        bos_token_id=1, eos_token_ids=(2,), pad_token_id=None,
         source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
     )  # fmt: skip
-    model = trace_student(student, specification)
+    return student, trace_student(student, specification), specification
+
+
+@pytest.mark.parametrize("family", list(MODULES))
+def test_roles_agree_with_the_family(tiny_model, evaluate, family):
+    # Nothing but the specification says how caches lie
+    turned = family == "gpt_neox"
+    student, model, specification = trace(tiny_model, family, turned)
     roles = roles_at(model, export_pipeline(specification), "FuseSkipRmsNorm")
-    heads, kv_heads, size = (fields[name][0] for name in ("query_heads", "kv_heads", "head_dims"))
+    if turned:
+        assert [cache.capacity_axis for cache in specification.caches] == [3, 2]
+        assert_same_logits(student, model, specification, evaluate)
+    heads, kv_heads, size = (getattr(specification, name)[0] for name in SIZES)
     kinds = {Kind.QUERIES: heads * size, Kind.KEYS: kv_heads * size, Kind.VALUES: kv_heads * size}
     modules = MODULES[family]
     expected = {}
@@ -175,3 +191,17 @@ def test_roles_agree_with_the_family(tiny_model, family):
         assert found
         assert set(found) == {tuple(parts)}
     assert all(role for role in roles.values())
+
+
+def assert_same_logits(student, model, specification, evaluate):
+    tokens = np.random.default_rng(1).integers(3, specification.vocab_size, (2, 4))
+    feeds = {
+        "input_ids": tokens,
+        "past_lengths": np.zeros(2, np.int64),
+        "logits_indices": np.arange(8).reshape(2, 4) % 4,
+    }
+    for cache in specification.caches:
+        feeds[cache.past_name] = np.zeros(cache.shape(2, 6), np.float32)
+    with torch.no_grad():
+        expected = student(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(evaluate(model, feeds)["logits"], expected, atol=1e-4)

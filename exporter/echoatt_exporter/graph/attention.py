@@ -73,10 +73,12 @@ def _products(graph: ir.Graph, cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Va
 
 def products_by(cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
     """MatMul nodes whose second operand is a cache, as it lies or transposed, and their first."""
-    turned = [use.node.outputs[0] for use in cache.uses() if use.node.op_type == "Transpose"]
-    for value in (cache, *turned):
-        for node, index in value.uses():
-            if node.op_type == "MatMul" and node.domain == "" and index == 1:
+    views = [cache]
+    for view in views:
+        for node, index in view.uses():
+            if node.op_type == "Transpose":
+                views.append(node.outputs[0])
+            elif node.op_type == "MatMul" and node.domain == "" and index == 1:
                 yield node, node.inputs[0]
 
 
