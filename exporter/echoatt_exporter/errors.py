@@ -5,6 +5,7 @@ EchoAttError
 ├── CheckpointError          a model directory that cannot be read as it should
 ├── ExportError              an export that cannot go on
 │   ├── OutputExistsError    the output is there already
+│   ├── PropertyError        a graph that lacks what a pass requires or ensures
 │   └── ContractError        a graph that breaks the graph contract
 ├── ParityError              bundle and PyTorch disagree
 ├── TextError                texts that cannot be read, or too little text
@@ -35,6 +36,10 @@ class ExportError(EchoAttError):
 
 class OutputExistsError(ExportError):
     """The output exists and overwriting it was not asked for."""
+
+
+class PropertyError(ExportError):
+    """A graph lacks a property that a pass requires, or that it should have after the pass."""
 
 
 class ContractError(ExportError):

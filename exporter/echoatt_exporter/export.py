@@ -21,7 +21,7 @@ from echoatt_exporter.bundle.write import (
     write_bundle,
 )
 from echoatt_exporter.errors import ExportError
-from echoatt_exporter.graph import PassReport, export_pipeline, run_pipeline
+from echoatt_exporter.graph import PassReport, export_pipeline, rewrite_pipeline, run_pipeline
 from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
 from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
@@ -238,7 +238,7 @@ def rewrite_bundle(
     )
     specification = dataclasses.replace(specification, plan=plan, caches=caches)
     on_step("passes", 0, 1)
-    reports = run_pipeline(model, export_pipeline(specification))
+    reports = run_pipeline(model, rewrite_pipeline(specification))
     manifest = write_bundle(
         model,
         specification,

@@ -1,17 +1,19 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 from tests.wording import says
 
-from echoatt_exporter.errors import ContractError
-from echoatt_exporter.graph import (
-    CheckContract,
-    RemoveDeadBranches,
-    RewireProbabilities,
-    SplitDecode,
-)
+from echoatt_exporter.errors import ContractError, PropertyError
+from echoatt_exporter.graph import Pipeline, rewrite_pipeline, run_pipeline
 from echoatt_exporter.graph.attention import find_attention
 from echoatt_exporter.graph.branches import branches
+from echoatt_exporter.graph.canonical.assign_roles import AssignRoles
+from echoatt_exporter.graph.checks.check_contract import CheckContract
+from echoatt_exporter.graph.lowering.cpu.split_decode import SplitDecode
+from echoatt_exporter.graph.roles import Kind, Part, Use, role_of, set_role
+from echoatt_exporter.graph.sharing.remove_dead_branches import RemoveDeadBranches
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 
 PLAN = (0, 1, 1, 0)
 
@@ -23,6 +25,9 @@ def shared(decoder):
     specification = decoder().specification(PLAN)
     RewireProbabilities(PLAN)(model)
     RemoveDeadBranches(PLAN)(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    RemoveUnusedNodesPass()(model)
+    AssignRoles()(model)
     return model, specification
 
 
@@ -99,35 +104,46 @@ def unread_weight(model):
     add_initializer(model, "stray")
 
 
-def follower_weight(model):
-    value = add_initializer(model, "model.layers.2.self_attn.q_proj.weight")
+def read_weight(model, role=()):
+    """Adds a weight [5] that something reads."""
+    value = add_initializer(model, "extra", size=5)
     node = ir.node("Add", [model.graph.outputs[0], value])
-    node.outputs[0].name = "dead"
+    node.outputs[0].name = "sum"
     model.graph.append(node)
+    set_role(value, role)
+
+
+def part(columns, *uses):
+    return Part(frozenset(Use(*use) for use in uses), columns)
+
+
+def unknown_weight(model):
+    read_weight(model)
+
+
+def unknown_columns(model):
+    read_weight(model, [part(3, (Kind.VALUES, 0)), part(2)])
+
+
+def follower_weight(model):
+    read_weight(model, [part(5, (Kind.QUERIES, 2))])
 
 
 def packed_follower_weight(model):
-    add_initializer(model, "model.layers.3.self_attn.[q_proj+k_proj+v_proj].weight.q")
+    queries, keys, values = ((kind, 3) for kind in (Kind.QUERIES, Kind.KEYS, Kind.VALUES))
+    read_weight(model, [part(1, queries), part(2, keys), part(2, values)])
 
 
 def follower_norm(model):
-    add_initializer(model, "decoder.layers.2.attention.k_norm.weight")
+    read_weight(model, [part(5, (Kind.KEYS, 2), (Kind.KEYS, 3))])
 
 
-def fused_follower_weight(model):
-    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight")
-
-
-def interleaved_follower_weight(model):
-    add_initializer(model, "gpt_neox.layers.3.attention.query_key_value.bias")
-
-
-def add_initializer(model, name):
+def add_initializer(model, name, size=1):
     value = ir.Value(
         name=name,
-        shape=ir.Shape([1]),
+        shape=ir.Shape([size]),
         type=ir.TensorType(ir.DataType.FLOAT),
-        const_value=ir.tensor(np.zeros(1, np.float32), name=name),
+        const_value=ir.tensor(np.zeros(size, np.float32), name=name),
     )
     model.graph.register_initializer(value)
     return value
@@ -166,11 +182,17 @@ def foreign_domain(model):
         ),
         (concatenated_cache, ["present.3.value is not a TensorScatter"]),
         (unread_weight, ["nothing reads the initializer stray"]),
-        (follower_weight, ["q_proj.weight is a query or key weight of the follower layer 2"]),
-        (packed_follower_weight, ["is a query or key weight of the follower layer 3"]),
-        (follower_norm, ["k_norm.weight is a query or key weight of the follower layer 2"]),
-        (fused_follower_weight, ["qkv_proj.weight is a query or key weight"]),
-        (interleaved_follower_weight, ["query_key_value.bias is a query or key weight"]),
+        (unknown_weight, ["extra is a weight of unknown role"]),
+        (unknown_columns, ["extra is a weight with columns of unknown role"]),
+        (follower_weight, ["extra holds the queries of the follower layer 2"]),
+        (
+            packed_follower_weight,
+            [
+                "extra holds the queries of the follower layer 3",
+                "extra holds the keys of the follower layer 3",
+            ],
+        ),
+        (follower_norm, ["holds the keys of the follower layer 2", "of the follower layer 3"]),
         (old_opset, ["operator set ai.onnx is 23, expected 24"]),
         (
             foreign_domain,
@@ -198,17 +220,37 @@ def test_all_faults_are_reported_together(shared):
         assert says(str(error.value), fault)
 
 
-def test_a_fused_weight_that_was_cut_to_its_values_is_no_query_or_key_weight(shared):
+@pytest.mark.parametrize("layout", ["split", "heads"])
+def test_packed_weights_of_followers_that_were_not_cut_are_faults(decoder, layout):
+    tiny = decoder(layout=layout, **({"query_heads": 2} if layout == "heads" else {}))
+    pipeline = rewrite_pipeline(tiny.specification(PLAN))
+    steps = [step for step in pipeline.steps if step.name != "CutPackedWeights"]
+    with pytest.raises(PropertyError, match="PackProjections requires that packed weights"):
+        run_pipeline(tiny.build(), Pipeline(steps=steps))
+    model = tiny.build()
+    *before, check, _ = (step.transform for step in steps)
+    for transform in before:
+        transform.call(model)
+    with pytest.raises(ContractError) as error:
+        check.call(model)
+    name = "l{}_qkv{} holds the {} of the follower layer {}"
+    for layer in (2, 3):
+        for kind in ("queries", "keys"):
+            for weight in ("", "_bias"):
+                assert name.format(layer, weight, kind, layer) in str(error.value)
+    assert "l1_qkv" not in str(error.value)
+
+
+def test_what_others_need_too_is_no_fault(shared):
     model, specification = shared
-    add_initializer(model, "model.layers.2.self_attn.qkv_proj.weight.cut")
-    with pytest.raises(ContractError, match="nothing reads the initializer") as error:
-        CheckContract(specification)(model)
-    assert "query or key" not in str(error.value)
+    read_weight(model, [part(5, (Kind.QUERIES, 2), (Kind.QUERIES, 1))])
+    CheckContract(specification)(model)
 
 
 def test_a_sources_weights_are_no_fault(shared):
     model, specification = shared
-    assert "model.layers.1.self_attn.q_proj.weight" in model.graph.initializers
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert role_of(model.graph.initializers[name]) == (part(16, (Kind.QUERIES, 1)),)
     CheckContract(specification)(model)
 
 

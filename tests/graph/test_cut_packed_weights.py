@@ -2,13 +2,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import (
-    CutPackedWeights,
-    GraphSize,
-    QuantizeWeights,
-    RemoveDeadBranches,
-    RewireProbabilities,
-)
+from echoatt_exporter.graph import GraphSize
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
+from echoatt_exporter.graph.roles import Kind, Part, Use, is_weight, role_of, set_role
+from echoatt_exporter.graph.sharing.cut_packed_weights import CutPackedWeights
+from echoatt_exporter.graph.sharing.remove_dead_branches import RemoveDeadBranches
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 
 PLAN = (0, 1, 1, 0)
 RNG = np.random.default_rng(3)
@@ -72,7 +71,8 @@ def test_quantised_weights_are_cut_with_scales_and_zero_points(
     tiny = decoder(layout=layout, hidden=96, **heads)
     model = tiny.build()
     RewireProbabilities(PLAN)(model)
-    QuantizeWeights(bits)(model)
+    # As it is in a bundle; of weights that are not packed nothing is cut
+    QuantizeWeights(bits).call(model)
     add_zero_points(model)
     RemoveDeadBranches(PLAN)(model)
     expected = evaluate(model, tiny.feeds())
@@ -128,15 +128,25 @@ def test_a_gemm_with_transposed_weight_is_cut(model_of, evaluate):
     np.testing.assert_allclose(result, (X[0] @ WEIGHT + BIAS)[:, 16:], atol=2e-5)
 
 
-def test_a_packed_name_loses_what_is_cut(model_of):
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_is_left_keeps_its_role(model_of, bits):
+    queries, keys, values = (
+        Part(frozenset({Use(kind, 1)}), 4) for kind in (Kind.QUERIES, Kind.KEYS, Kind.VALUES)
+    )
     model = model_of(
-        "g (float[b,s,32] x, float[32,24] w) => (float[b,s,8] v)\n"
-        "{ y = MatMul(x, w)\n q, k, v = Split<axis=-1, num_outputs=3>(y) }",
+        "g (float[b,s,32] x, float[32,24] w) => (float[b,s,2,4] k, float[b,s,2,4] v)\n"
+        "<int64[3] three = {0, 0, 2}, int64[1] last = {12}> { y = MatMul(x, w)\n"
+        " dims = Concat<axis=0>(three, last)\n r = Reshape(y, dims)\n"
+        " q, k, v = Split<axis=-1, num_outputs=3>(r) }",
         {"w": WEIGHT},
     )
-    model.graph.initializers["w"].name = "layers.1.[q_proj+k_proj+v_proj].weight"
+    set_role(model.graph.initializers["w"], [queries, keys, values] * 2)
+    if bits is not None:
+        QuantizeWeights(bits)(model)
     assert CutPackedWeights()(model).modified
-    assert list(model.graph.initializers) == ["layers.1.v_proj.weight"]
+    assert [role_of(value) for value in model.graph.initializers.values() if is_weight(value)] == [
+        (keys, values, keys, values)
+    ] * (1 if bits is None else 2)
 
 
 def test_every_column_read_is_left_alone(model_of, caplog):

@@ -15,7 +15,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
-from echoatt_exporter.graph import FuseRmsNorm, FuseRotary, FuseSkipRmsNorm
+from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
+from echoatt_exporter.graph.canonical.fuse_rotary import FuseRotary
+from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
 from echoatt_exporter.trace.simplify import simplify
 
 HEADS, SIZE = 2, 16

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 from tests.wording import says
 
-from echoatt_exporter.graph import FuseRmsNorm
+from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
 
 RNG = np.random.default_rng(11)
 X = RNG.standard_normal((2, 3, 8)).astype(np.float32)

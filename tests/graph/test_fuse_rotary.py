@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from echoatt_exporter.graph import FuseRotary
+from echoatt_exporter.graph.canonical.fuse_rotary import FuseRotary
 
 RNG = np.random.default_rng(17)
 FREQUENCIES = np.array([1.0, 0.3, 0.05], np.float32)

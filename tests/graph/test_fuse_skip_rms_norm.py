@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from echoatt_exporter.graph import FuseSkipRmsNorm
+from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
 
 RNG = np.random.default_rng(13)
 FEEDS = {name: RNG.standard_normal((2, 3, 8)).astype(np.float32) for name in "ab"}

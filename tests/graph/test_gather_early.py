@@ -4,13 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import (
-    FuseRmsNorm,
-    FuseSkipRmsNorm,
-    GatherEarly,
-    PackProjections,
-    QuantizeWeights,
-)
+from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
+from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
+from echoatt_exporter.graph.lowering.gather_early import GatherEarly
+from echoatt_exporter.graph.lowering.pack_projections import PackProjections
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 
 RNG = np.random.default_rng(29)
 FEEDS = {

@@ -2,7 +2,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import PackProjections
+from echoatt_exporter.graph.lowering.pack_projections import PackProjections
+from echoatt_exporter.graph.roles import Kind, Part, Use, role_of, set_role
 
 RNG = np.random.default_rng(19)
 X = {"x": RNG.standard_normal((2, 3, 16)).astype(np.float32)}
@@ -113,12 +114,25 @@ def test_projections_of_a_graph_output_keep_their_names(model_of, evaluate):
     assert [output.name for output in model.graph.outputs] == ["q", "k", "v"]
 
 
-def test_packed_weights_are_named_after_their_parts(model_of):
+def test_packed_weights_have_the_names_and_the_roles_of_their_parts_in_order(model_of):
     model = projections(model_of, PLAIN)
-    for name in ("q", "k", "v"):
-        model.graph.initializers[f"w{name}"].name = f"layers.0.self_attn.{name}_proj.weight"
+    uses = {}
+    for name, kind, columns in (("q", Kind.QUERIES, 8), ("k", Kind.KEYS, 4), ("v", Kind.VALUES, 4)):
+        weight = model.graph.initializers[f"w{name}"]
+        weight.name = f"layers.0.self_attn.{name}_proj.weight"
+        uses[name] = Part(frozenset({Use(kind, 0)}), columns)
+        set_role(weight, [uses[name]])
     PackProjections()(model)
-    assert "layers.0.self_attn.[q_proj+k_proj+v_proj].weight" in model.graph.initializers
+    packed = model.graph.initializers["layers.0.self_attn.q_proj+k_proj+v_proj.weight"]
+    assert role_of(packed) == (uses["q"], uses["k"], uses["v"])
+
+
+def test_a_part_whose_role_is_not_known_stays_unknown(model_of):
+    model = projections(model_of, PLAIN)
+    set_role(model.graph.initializers["wq"], [Part(frozenset({Use(Kind.QUERIES, 0)}), 8)])
+    PackProjections()(model)
+    queries, others = role_of(model.graph.initializers["wq+wk+wv"])
+    assert (queries.columns, others) == (8, Part(frozenset(), 8))
 
 
 REFUSED = {

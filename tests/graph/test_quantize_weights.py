@@ -5,7 +5,8 @@ import onnx_ir as ir
 import pytest
 from tests.wording import says
 
-from echoatt_exporter.graph import GraphSize, QuantizeWeights
+from echoatt_exporter.graph import GraphSize
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 
 RNG = np.random.default_rng(23)
 

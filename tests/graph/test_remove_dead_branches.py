@@ -2,7 +2,9 @@ import onnx_ir as ir
 import pytest
 
 from echoatt_exporter.errors import ContractError
-from echoatt_exporter.graph import GraphSize, RemoveDeadBranches, RewireProbabilities
+from echoatt_exporter.graph import GraphSize
+from echoatt_exporter.graph.sharing.remove_dead_branches import RemoveDeadBranches
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 
 PLAN = (0, 1, 1, 0)
 

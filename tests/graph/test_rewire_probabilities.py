@@ -3,8 +3,8 @@ import pytest
 from tests.wording import whole
 
 from echoatt_exporter.errors import ContractError
-from echoatt_exporter.graph import RewireProbabilities
 from echoatt_exporter.graph.attention import find_attention
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 from echoatt_runtime.errors import PlanError
 
 PLAN = (0, 1, 1, 0)

@@ -1,10 +1,9 @@
 """RotateTogether: queries and keys are rotated as one tensor, and nothing else changes."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from echoatt_exporter.graph import RotateTogether
+from echoatt_exporter.graph.lowering.rotate_together import RotateTogether
 
 RNG = np.random.default_rng(31)
 WEIGHTS = {
@@ -84,15 +83,6 @@ def test_two_rotations_become_one(attention, evaluate, difference, ops, case):
     # Each number comes from the same ones by the same operators
     assert difference(before, evaluate(model, FEEDS)) == 0
     assert not RotateTogether()(model).modified
-
-
-def test_the_weights_name_says_which_parts_are_one(attention):
-    names = {"w": "layers.0.[q_proj+k_proj+v_proj].weight", "bias": "[q_bias+k_bias+v_bias]"}
-    model = attention(*TOGETHER["with a bias"], **names)
-    assert RotateTogether()(model).modified
-    found = set(ir.from_proto(ir.to_proto(model)).graph.initializers)
-    assert {"layers.0.[q_proj&k_proj+v_proj].weight", "[q_bias&k_bias+v_bias]"} <= found
-    assert not set(names.values()) & found
 
 
 LEFT_ALONE = {

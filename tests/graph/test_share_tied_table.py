@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from echoatt_exporter.graph import ShareTiedTable
+from echoatt_exporter.graph.lowering.share_tied_table import ShareTiedTable
 
 V, E = 11, 4
 TABLE = np.random.default_rng(0).standard_normal((V, E)).astype(np.float32)

@@ -7,9 +7,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from echoatt_exporter.graph import JoinDecode, RewireProbabilities, SplitDecode
 from echoatt_exporter.graph.attention import find_attention
 from echoatt_exporter.graph.branches import branches, captured
+from echoatt_exporter.graph.canonical.join_decode import JoinDecode
+from echoatt_exporter.graph.lowering.cpu.split_decode import SplitDecode
+from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
 
 PLAN = (0, 1, 1, 0)
 # Float sums in another order

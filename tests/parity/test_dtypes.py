@@ -14,7 +14,7 @@ import torch
 from tests.parity import mutants
 from transformers.pytorch_utils import Conv1D
 
-from echoatt_exporter.graph import QuantizeWeights
+from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
 from echoatt_exporter.parity import compare, record_reference
 from echoatt_exporter.parity.arithmetic import (
     float32_arithmetic,

@@ -29,7 +29,9 @@ class LayerAttention:
 
 
 def find_attention(graph: ir.Graph, layer: int) -> LayerAttention:
-    """Find where `layer` multiplies by its values, which are `present.{layer}.value` transposed.
+    """Find where `layer` multiplies by its values, which are `present.{layer}.value`.
+
+    The values may lie as the product takes them, [.., capacity, head size], or transposed.
 
     Raises:
         ContractError: There is no such cache, or not exactly one such MatMul.
@@ -50,8 +52,8 @@ def find_attention(graph: ir.Graph, layer: int) -> LayerAttention:
     contexts = [*_products(graph, value), *_split_products(graph, value)]
     if len(contexts) != 1:
         raise ContractError(
-            f"layer {layer}: {len(contexts)} MatMul nodes have {name}, transposed, as their second"
-            " operand, expected one; export it again with echoatt-export"
+            f"layer {layer}: {len(contexts)} MatMul nodes have {name} as their second operand,"
+            " expected one; export it again with echoatt-export"
         )
     context, probabilities = contexts[0]
     if probabilities is None:
@@ -63,12 +65,20 @@ def find_attention(graph: ir.Graph, layer: int) -> LayerAttention:
 
 
 def _products(graph: ir.Graph, cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
-    """MatMul nodes of the main graph by the transposed cache, each with its first operand."""
-    for use in cache.uses():
-        if use.node.op_type != "Transpose" or use.node.graph is not graph:
-            continue
-        for node, index in use.node.outputs[0].uses():
-            if node.op_type == "MatMul" and node.domain == "" and index == 1:
+    """MatMul nodes of the main graph by the cache, each with its first operand."""
+    for node, operand in products_by(cache):
+        if node.graph is graph:
+            yield node, operand
+
+
+def products_by(cache: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+    """MatMul nodes whose second operand is a cache, as it lies or transposed, and their first."""
+    views = [cache]
+    for view in views:
+        for node, index in view.uses():
+            if node.op_type == "Transpose":
+                views.append(node.outputs[0])
+            elif node.op_type == "MatMul" and node.domain == "" and index == 1:
                 yield node, node.inputs[0]
 
 

@@ -10,6 +10,9 @@ from typing import Final
 
 import onnx_ir as ir
 
+from echoatt_exporter.graph.matching import given, integers, made_by, need
+from echoatt_runtime.contract import INPUT_IDS
+
 # Names in a branch begin with it: a name may not be used twice, in whatever branch
 DECODE: Final = "decode/"
 PREFILL: Final = "prefill/"
@@ -50,3 +53,20 @@ def drop_nodes(graph: ir.Graph) -> None:
     """Take all nodes out of a branch and let go of what they read."""
     graph.outputs.clear()
     graph.remove(list(graph), safe=True)
+
+
+def one_token_condition(node: ir.Node) -> ir.Value:
+    """The condition of an If that asks whether a call has one new token a row.
+
+    Raises:
+        NoMatch: It asks something else.
+    """
+    condition = given(node.inputs[0])
+    equal = made_by(condition, "Equal")
+    shape = made_by(equal.inputs[0], "Shape")
+    tokens = given(shape.inputs[0])
+    need(tokens.is_graph_input() and tokens.name == INPUT_IDS, "it is not about the tokens")
+    bounds = [shape.attributes.get_int(name, -1) for name in ("start", "end")]
+    need(bounds == [1, 2], "it is not about the number of tokens")
+    need(integers(equal.inputs[1]) == [1], "it is not about one token")
+    return condition

@@ -6,8 +6,6 @@ the reason, which `RewritePass` logs, so that a rule which leaves a node alone c
 
 from __future__ import annotations
 
-import abc
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -19,45 +17,6 @@ _SMALL = 16
 
 class NoMatch(Exception):  # noqa: N818 - it is an outcome, not an error
     """A rule does not apply to a node; the message says why."""
-
-
-class RewritePass(ir.passes.InPlacePass):
-    """A pass that tries one rule at every node of some operator types.
-
-    Subclasses name the operators in `roots`, as (domain, type), and implement `rewrite`, which
-    either changes the graph or raises `NoMatch` before it has changed anything.
-    """
-
-    roots: frozenset[tuple[str, str]]
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Try the rule at each root, in graph order."""
-        self.prepare()
-        logger = logging.getLogger(type(self).__module__)
-        applied = 0
-        for node in tuple(model.graph):
-            if node.graph is None or (node.domain, node.op_type) not in self.roots:
-                continue
-            try:
-                self.rewrite(node)
-            except NoMatch as reason:
-                name = node.name or node.outputs[0].name
-                logger.debug("%s left %s alone: %s", type(self).__name__, name, reason)
-            else:
-                applied += 1
-        logger.debug("%s applied %d times", type(self).__name__, applied)
-        return ir.passes.PassResult(model, modified=applied > 0)
-
-    def prepare(self) -> None:
-        """Called once before the nodes are visited."""
-
-    @abc.abstractmethod
-    def rewrite(self, node: ir.Node) -> None:
-        """Apply the rule at `node`.
-
-        Raises:
-            NoMatch: The rule does not apply; the graph is as it was.
-        """
 
 
 def need(condition: bool, reason: str) -> None:

@@ -1,11 +1,8 @@
-"""The passes of an export, in order, with the reasons."""
+"""The passes of an export and of a rewrite: canonical form, sharing, lowering, the final check."""
 
 from __future__ import annotations
 
-from typing import Final
-
 from onnx_ir.passes.common import (
-    ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
     IdentityEliminationPass,
@@ -14,143 +11,157 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
+from echoatt_exporter.graph.canonical.assign_roles import AssignRoles
 from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.graph.canonical.fuse_rotary import FuseRotary
 from echoatt_exporter.graph.canonical.join_decode import JoinDecode
 from echoatt_exporter.graph.checks.check_contract import CheckContract
-from echoatt_exporter.graph.lowering.cpu.split_decode import SplitDecode
-from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
-from echoatt_exporter.graph.lowering.gather_early import GatherEarly
-from echoatt_exporter.graph.lowering.pack_projections import PackProjections
-from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
-from echoatt_exporter.graph.lowering.rotate_together import RotateTogether
-from echoatt_exporter.graph.lowering.share_tied_table import ShareTiedTable
-from echoatt_exporter.graph.run import PassStep
+from echoatt_exporter.graph.clear_metadata import ClearMetadata
+from echoatt_exporter.graph.graph_pass import CommonPass
+from echoatt_exporter.graph.lowering.by_name import lowering_steps
+from echoatt_exporter.graph.properties import CONSTANT_SIZE, Property
+from echoatt_exporter.graph.run import PassStep, Pipeline
 from echoatt_exporter.graph.sharing.cut_packed_weights import CutPackedWeights
 from echoatt_exporter.graph.sharing.remove_dead_branches import RemoveDeadBranches
 from echoatt_exporter.graph.sharing.rewire_probabilities import RewireProbabilities
-from echoatt_runtime.contract import Specification
-
-# Constants of shapes and axes are this small; norms of real models are not, and stay apart.
-_CONSTANT_SIZE: Final = 16
+from echoatt_runtime.contract import SharingPlan, Specification
 
 
-def export_pipeline(specification: Specification) -> list[PassStep]:
-    """The passes that turn a graph by the contract into the bundle that is specified.
+def export_pipeline(specification: Specification) -> Pipeline:
+    """What turns a student's trace into the bundle that is specified.
 
-    The graph may come from a student, whose followers read their source's probabilities already, or
-    from an unshared bundle: then the passes apply the plan to the graph. Passes that find their
-    work done change nothing.
+    A student's followers read their sources' probabilities already and have no queries or keys, so
+    nothing is left to share.
+
+    Args:
+        specification: What is to be built.
+
+    Raises:
+        ExportError: There is no lowering for its device.
+    """
+    return Pipeline(
+        steps=[*_canonical(), *lowering_steps(specification), *_finish(specification)],
+        given=frozenset({Property.PLAN_APPLIED, Property.NO_DEAD_KEYS, Property.COLUMNS_CUT}),
+    )
+
+
+def rewrite_pipeline(specification: Specification) -> Pipeline:
+    """What applies a plan to an unshared graph by the contract, traced or read from a bundle.
+
+    Passes that find their work done, because the bundle was lowered before, change nothing.
 
     Args:
         specification: What is to be built, with the plan that the result shall have.
 
-    Returns:
-        The passes, for `run_pipeline`.
+    Raises:
+        ExportError: There is no lowering for its device.
     """
-    sources = specification.plan.sources
-    steps = [
+    return Pipeline(
+        steps=[
+            *_canonical(),
+            *_sharing(specification.plan),
+            *lowering_steps(specification),
+            *_finish(specification),
+        ]
+    )
+
+
+def _canonical() -> list[PassStep]:
+    """One form for everything that later passes look for."""
+    return [
         PassStep(
             transform=JoinDecode(),
             why="first, because a bundle's branches hide its attention from the passes",
         ),
         PassStep(
-            transform=IdentityEliminationPass(),
+            transform=CommonPass(IdentityEliminationPass(), gives={Property.NO_IDENTITIES}),
             why="early, because an Identity between two nodes hides a pattern",
         ),
         PassStep(
-            transform=LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            transform=CommonPass(
+                LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                gives={Property.CONSTANTS_LIFTED},
+            ),
             why="all constants in one form, so that equal ones can be found",
         ),
         PassStep(
-            transform=DeduplicateInitializersPass(size_limit=_CONSTANT_SIZE),
+            transform=CommonPass(
+                DeduplicateInitializersPass(size_limit=CONSTANT_SIZE),
+                needs={Property.CONSTANTS_LIFTED},
+                gives={Property.CONSTANTS_MERGED},
+            ),
             why="equal constants become one, so that equal computations can be found",
         ),
         PassStep(
-            transform=CommonSubexpressionEliminationPass(),
+            transform=CommonPass(
+                CommonSubexpressionEliminationPass(),
+                needs={Property.CONSTANTS_MERGED, Property.NO_IDENTITIES},
+                gives={Property.COMPUTED_ONCE},
+            ),
             why="every layer computes the same shapes and masks",
         ),
         PassStep(
-            transform=RewireProbabilities(sources),
-            why="followers read their source's probabilities",
-        ),
-        PassStep(
-            transform=RemoveDeadBranches(sources),
-            why="their query and key branches are not needed any more",
-        ),
-        PassStep(
-            transform=CutPackedWeights(),
-            why="queries and keys that are packed with values outlive their branch",
-        ),
-        PassStep(
             transform=FuseRmsNorm(),
-            why="after the removal, so that no dead norm is fused",
+            why="after what could come between the parts of a norm",
         ),
         PassStep(
             transform=FuseRotary(),
             why="likewise; both before packing, whose Split would come between",
         ),
         PassStep(
-            transform=FuseSkipRmsNorm(),
-            why="needs the fused norms",
+            transform=CommonPass(RemoveUnusedNodesPass(), gives={Property.NOTHING_UNUSED}),
+            why="what nothing reads has no role, and would be packed with what is needed",
         ),
         PassStep(
-            transform=PackProjections(),
-            why="after the removal, so that only projections that are needed are packed",
-        ),
-        PassStep(
-            transform=RotateTogether(),
-            why="after packing, of whose parts it makes one",
+            transform=AssignRoles(),
+            why="before anything is packed, cut or replaced, which hands roles on",
         ),
     ]
-    bits = specification.weight_dtype.bits
-    if bits is not None:
-        steps.append(
-            PassStep(
-                transform=QuantizeWeights(bits),
-                why="after packing, so that each packed weight is quantised once",
-            )
-        )
-    else:
-        steps.append(
-            PassStep(
-                transform=ShareTiedTable(),
-                why="a tied LM head needs no copy; a quantised one has weights of its own",
-            )
-        )
-    steps.append(
+
+
+def _sharing(plan: SharingPlan) -> list[PassStep]:
+    """What a graph needs that still computes what followers drop."""
+    return [
         PassStep(
-            transform=GatherEarly(),
-            why="after packing and fusing, so that it meets each product and norm in one form",
-        )
-    )
-    if specification.device == "cpu":
-        steps.append(
-            PassStep(
-                transform=SplitDecode(),
-                why="after all that looks for patterns, which branches would hide",
-            )
-        )
-    steps += [
+            transform=RewireProbabilities(plan.sources),
+            why="followers read their source's probabilities",
+        ),
         PassStep(
-            transform=DeduplicateInitializersPass(size_limit=_CONSTANT_SIZE),
+            transform=RemoveDeadBranches(plan.sources),
+            why="their query and key branches are not needed any more",
+        ),
+        PassStep(
+            transform=CutPackedWeights(),
+            why="queries and keys that are packed with values outlive their branch",
+        ),
+    ]
+
+
+def _finish(specification: Specification) -> list[PassStep]:
+    """What makes a lowered graph ready to be written."""
+    return [
+        PassStep(
+            transform=CommonPass(DeduplicateInitializersPass(size_limit=CONSTANT_SIZE)),
             why="the passes added equal constants to every layer",
         ),
         PassStep(
-            transform=RemoveUnusedNodesPass(),
+            transform=CommonPass(RemoveUnusedNodesPass(), gives={Property.NOTHING_UNUSED}),
             why="shape computations that only replaced nodes needed",
         ),
         PassStep(
-            transform=RemoveUnusedOpsetsPass(),
+            transform=CommonPass(
+                RemoveUnusedOpsetsPass(),
+                needs={Property.NOTHING_UNUSED},
+                gives={Property.OPSETS_USED},
+            ),
             why="only operator sets that are used are imported",
         ),
         PassStep(
-            transform=ClearMetadataAndDocStringPass(),
-            why="traces of source code and its paths do not belong in a bundle",
+            transform=CheckContract(specification),
+            why="on the graph as it will be written, while it says what its weights are",
         ),
         PassStep(
-            transform=CheckContract(specification),
-            why="last, on the graph as it will be written",
+            transform=ClearMetadata(),
+            why="last: traces of source code, its paths and roles do not belong in a bundle",
         ),
     ]
-    return steps

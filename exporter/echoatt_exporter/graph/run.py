@@ -1,4 +1,4 @@
-"""Runs passes and says what each did."""
+"""Runs passes over a graph: refuses a wrong order, and says what each did."""
 
 from __future__ import annotations
 
@@ -7,53 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from echoatt_exporter.errors import ExportError
+from echoatt_exporter.errors import ExportError, PropertyError
+from echoatt_exporter.graph.graph_pass import GraphPass
+from echoatt_exporter.graph.properties import Property
+from echoatt_exporter.graph.size import GraphSize
 from echoatt_runtime.errors import EchoAttError, one_line
-
-_FLOAT_TYPES = (
-    ir.DataType.FLOAT,
-    ir.DataType.FLOAT16,
-    ir.DataType.BFLOAT16,
-    ir.DataType.DOUBLE,
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphSize:
-    """How large a graph is.
-
-    Attributes:
-        nodes: Operators, those in subgraphs too.
-        parameters: Elements of floating-point initializers. Of a quantised weight its K·N elements
-            count, and its scales and zero points do not.
-        bytes: What all initializers take.
-    """
-
-    nodes: int
-    parameters: int
-    bytes: int
-
-    @classmethod
-    def of(cls, model: ir.Model) -> GraphSize:
-        """Measure a graph, from shapes and types alone: no weight is read."""
-        nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
-        quantized: dict[ir.Value | None, int] = {}
-        for node in nodes:
-            if node.op_type == "MatMulNBits":
-                quantized |= dict.fromkeys(node.inputs[1:4], 0)
-                elements = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
-                quantized[node.inputs[1]] = elements
-        parameters = size = 0
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            size += tensor.nbytes
-            if value in quantized:
-                parameters += quantized[value]
-            elif tensor.dtype in _FLOAT_TYPES:
-                parameters += tensor.size
-        return cls(nodes=len(nodes), parameters=parameters, bytes=size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +20,46 @@ class PassStep:
 
     Attributes:
         transform: The pass.
-        why: One line, for people.
+        why: One line, for people; what the pass needs and gives is what orders it.
     """
 
-    transform: ir.passes.PassBase
+    transform: GraphPass
     why: str
 
     @property
     def name(self) -> str:
-        """The pass's class name."""
-        return type(self.transform).__name__
+        """What the pass is called."""
+        return self.transform.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """Passes in order.
+
+    Attributes:
+        steps: The passes.
+        given: What the graph has before the first of them.
+    """
+
+    steps: Sequence[PassStep]
+    given: frozenset[Property] = frozenset()
+
+    def check_order(self) -> None:
+        """Check that each pass has what it needs, by what passes say of themselves.
+
+        Raises:
+            PropertyError: A pass comes before what ensures a property that it needs, or after what
+                breaks it.
+        """
+        have = set(self.given)
+        for step in self.steps:
+            transform = step.transform
+            for wanted in sorted(transform.needs - have, key=lambda one: one.name):
+                raise PropertyError(
+                    f"the graph pass {step.name} requires that {wanted.value} ({wanted.name}), and "
+                    "no pass before it ensures that for it; put the passes in another order"
+                )
+            have = (have - transform.breaks) | transform.gives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +67,7 @@ class PassReport:
     """What one pass did.
 
     Attributes:
-        name: The pass's class name.
+        name: What the pass is called.
         why: Why it ran.
         modified: Whether it changed the graph.
         before: The graph's size before it.
@@ -95,41 +83,50 @@ class PassReport:
 
 def run_pipeline(
     model: ir.Model,
-    steps: Sequence[PassStep],
+    pipeline: Pipeline,
     on_step: Callable[[PassStep], None] | None = None,
 ) -> list[PassReport]:
     """Run passes in order on one model, in place.
 
     Args:
         model: The graph to change.
-        steps: Passes that work in place.
-        on_step: Called before each pass, for a progress display.
+        pipeline: Passes that work in place.
+        on_step: Called before each pass, for a progress display; it may change the graph.
 
     Returns:
         A report for each pass, in order.
 
     Raises:
         EchoAttError: A pass refused the graph; the error is the pass's own.
+        PropertyError: The order of the passes is wrong, and nothing ran; or the graph can be seen
+            to lack what a pass requires or should ensure.
         ExportError: A pass failed for a reason that no pass foresees.
     """
+    pipeline.check_order()
     reports: list[PassReport] = []
-    before = GraphSize.of(model)
-    for step in steps:
+    for step in pipeline.steps:
         if on_step is not None:
             on_step(step)
+        before = GraphSize.of(model)
         try:
             result = step.transform(model)
         except EchoAttError:
             raise
+        except (ir.passes.PreconditionError, ir.passes.PostconditionError) as error:
+            if isinstance(error.__cause__, EchoAttError):
+                raise error.__cause__ from error
+            raise PropertyError(f"the graph pass {one_line(error)}; please report it") from error
         except Exception as error:
             raise ExportError(
                 f"the graph pass {step.name} failed: {one_line(error)}; please report it"
             ) from error
-        after = GraphSize.of(model)
         reports.append(
             PassReport(
-                name=step.name, why=step.why, modified=result.modified, before=before, after=after
+                name=step.name,
+                why=step.why,
+                modified=result.modified,
+                before=before,
+                after=GraphSize.of(model),
             )
         )
-        before = after
     return reports

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -65,23 +64,13 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return add_lazy(graph, name, lambda: array, ir.DataType.from_numpy(array.dtype), array.shape)
 
 
-def packed_name(names: Sequence[str]) -> str:
-    """One name for packed weights, `layers.0.[q_proj+k_proj].weight` where theirs allow it."""
+def joined_name(names: Sequence[str]) -> str:
+    """One name for weights that lie side by side, `layers.0.q_proj+k_proj.weight` where it can."""
     columns = list(zip(*(name.split(".") for name in names), strict=False))
     differing = [index for index, parts in enumerate(columns) if len(set(parts)) > 1]
     if len({name.count(".") for name in names}) > 1 or len(differing) != 1:
         return "+".join(names)
     return ".".join(
-        f"[{'+'.join(parts)}]" if index == differing[0] else parts[0]
+        "+".join(parts) if index == differing[0] else parts[0]
         for index, parts in enumerate(columns)
     )
-
-
-def name_of_kept(name: str, kept: Sequence[int], count: int) -> str:
-    """The name of a packed weight of which only some of `count` parts are kept."""
-    match = re.search(r"\[([^\]]*)\]", name)
-    parts = match[1].split("+") if match is not None else []
-    if match is None or len(parts) != count:
-        return f"{name}.cut"
-    inner = "+".join(parts[index] for index in kept)
-    return name.replace(match[0], f"[{inner}]" if len(kept) > 1 else inner)

@@ -26,6 +26,10 @@ class DecoderGraph(nn.Module):
     Positions, rotary angles and masks all come from `past_lengths`, so rows of different lengths
     need no padding on the left. Each attention kind's mask is computed once and used by all its
     layers.
+
+    Attributes:
+        decoder: The student's own decoder.
+        caches: The templates' caches, in the specification's order.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class DecoderGraph(nn.Module):
         super().__init__()
         self.decoder = student.decoder
         self._family = family_of(student.decoder.config)
+        self.caches = [c for c in specification.caches if c.layer in kinds.templates]
         self._specification = specification
         self._kinds = kinds
 
@@ -51,21 +56,13 @@ class DecoderGraph(nn.Module):
             input_ids: Int64 [B, S].
             past_lengths: Int64 [B], valid tokens of each row.
             logits_indices: Int64 [B, n], the positions in this call whose logits are wanted.
-            past: The templates' caches in the contract's order: by layer key [B, N, T, D] then
-                value [B, N, D, T], a follower's value only.
+            past: The templates' caches, in the specification's order and with its axes.
 
         Returns:
             Logits, float32 [B, n, V], and the updated caches in the same order.
         """
-        by_layer = iter(past)
-        caches = {
-            layer: (
-                None if self._specification.plan.is_follower(layer) else next(by_layer),
-                next(by_layer),
-            )
-            for layer in self._kinds.templates
-        }
-        cache = ScatterCache(caches, past_lengths)
+        cache = ScatterCache(self.caches, past, past_lengths)
+        capacity = past[0].shape[self.caches[0].capacity_axis]
         positions = past_lengths[:, None] + torch.arange(input_ids.shape[1])[None]
         with (
             plain_products(self.decoder),
@@ -75,18 +72,12 @@ class DecoderGraph(nn.Module):
             logits = self.decoder(
                 input_ids=input_ids,
                 position_ids=self._position_ids(positions),
-                attention_mask=self._masks(positions, capacity=past[0].shape[2]),
+                attention_mask=self._masks(positions, capacity),
                 past_key_values=cache,
                 use_cache=True,
                 shared_attention=MarkedAttention(self._kinds.sources),
             ).logits
-        presents = [
-            buffer
-            for layer in self._kinds.templates
-            for buffer in cache.present[layer]
-            if buffer is not None
-        ]
-        return logits.float(), presents
+        return logits.float(), cache.buffers
 
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions [B, S] for the decoder's embeddings.

@@ -13,7 +13,7 @@ from torch import nn
 from echoatt_exporter.graph.copy_nodes import copy_nodes
 from echoatt_exporter.trace.layer_kinds import LayerKinds
 from echoatt_exporter.trace.markers import DOMAIN, LAYER_INPUT, LAYER_OUTPUT, PROBABILITIES
-from echoatt_runtime.contract import Specification
+from echoatt_runtime.contract import CacheSpec, Specification
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class _Template:
         body: Its nodes, in graph order.
         hidden_in: The hidden states that it reads.
         hidden_out: The hidden states that it gives.
-        caches: Its cache inputs and the values that become its cache outputs, by `key`/`value`.
+        caches: Its cache inputs and the values that become its cache outputs, by kind.
         weights: Its initializers, by their names inside the layer.
         lent: The probabilities that it lends, if it does.
         borrowed: The probabilities that it reads from another layer, if it does.
@@ -62,7 +62,13 @@ def lay_out_layers(
         if node.domain == DOMAIN
     }
     templates = {
-        layer: _template(graph, markers, layer, f"{prefix}{position}.", kinds.sources[layer])
+        layer: _template(
+            graph,
+            markers,
+            [cache for cache in specification.caches if cache.layer == layer],
+            f"{prefix}{position}.",
+            kinds.sources[layer],
+        )
         for position, layer in enumerate(kinds.templates)
     }
     inputs = {str(value.name): value for value in graph.inputs}
@@ -125,10 +131,12 @@ def lay_out_layers(
 def _template(
     graph: ir.Graph,
     markers: Mapping[tuple[str, int], ir.Node],
-    layer: int,
+    caches: Sequence[CacheSpec],
     prefix: str,
     source: int,
 ) -> _Template:
+    """The traced layer with these caches, whose probabilities are those of `source`."""
+    layer = caches[0].layer
     hidden_in = markers[LAYER_INPUT, layer].outputs[0]
     hidden_out = markers[LAYER_OUTPUT, layer].inputs[0]
     lending = markers.get((PROBABILITIES, layer))
@@ -136,10 +144,8 @@ def _template(
     borrowed = None if source == layer else markers[PROBABILITIES, source].outputs[0]
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
-    caches = {
-        name: (inputs[f"past_key_values.{layer}.{name}"], outputs[f"present.{layer}.{name}"])
-        for name in ("key", "value")
-        if f"past_key_values.{layer}.{name}" in inputs
+    buffers = {
+        cache.kind: (inputs[cache.past_name], outputs[cache.present_name]) for cache in caches
     }
     weights = {
         name.removeprefix(prefix): value
@@ -147,15 +153,15 @@ def _template(
         if name.startswith(prefix)
     }
     assert hidden_out is not None  # noqa: S101 - a marker has one input
-    own = {hidden_in, *weights.values(), *(past for past, _ in caches.values())}
+    own = {hidden_in, *weights.values(), *(past for past, _ in buffers.values())}
     if borrowed is not None:
         own.add(borrowed)
-    targets = [hidden_out, *(present for _, present in caches.values())]
+    targets = [hidden_out, *(present for _, present in buffers.values())]
     return _Template(
         body=_between(graph, own, targets),
         hidden_in=hidden_in,
         hidden_out=hidden_out,
-        caches=caches,
+        caches=buffers,
         weights=weights,
         lent=lent,
         borrowed=borrowed,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from echoatt_runtime.contract import CacheSpec
+
 # TensorScatter entered ONNX with opset 24.
 OPSET_VERSION = 24
+
+# The axis of tokens in what a layer gives its cache and gets back: [batch, heads, tokens, size]
+_TOKENS = 2
 
 
 class ScatterCache:
@@ -16,51 +21,62 @@ class ScatterCache:
 
     New keys and values are written into fixed-size buffers at each row's own position, and what a
     layer attends to is the whole buffer; the mask hides the rest. Nothing is concatenated, so a
-    runtime that binds one buffer to input and output copies nothing.
+    runtime that binds one buffer to input and output copies nothing. How a buffer lies in memory is
+    its `CacheSpec`'s to say; a layer sees it as transformers has it.
 
-    Attributes:
-        present: By layer, the updated (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a
-            follower's key is None.
+    B batch, N key/value heads, S new tokens, T capacity, D head size.
     """
 
     is_compileable = False
 
     def __init__(
         self,
-        past: Mapping[int, tuple[torch.Tensor | None, torch.Tensor]],
+        caches: Sequence[CacheSpec],
+        past: Sequence[torch.Tensor],
         past_lengths: torch.Tensor,
     ) -> None:
         """Wrap the buffers.
 
         Args:
-            past: By layer, the (key, value) buffers, [B, N, T, D] and [B, N, D, T]; a follower's
-                key is None.
+            caches: How each buffer lies; a follower has no keys.
+            past: The buffers, in the order of `caches`.
             past_lengths: Int64 [B], where each row's new tokens are written.
         """
-        self._past = past
+        self._caches = {(cache.layer, cache.kind): cache for cache in caches}
+        self._buffers = dict(zip(self._caches, past, strict=True))
         self._past_lengths = past_lengths
-        self.present: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The buffers in the order of the caches, those that were written as they are then."""
+        return list(self._buffers.values())
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values [B, N, S, D]; give both whole buffers back, [B, N, T, D]."""
-        past_key, past_value = self._past[layer]
-        new_value = self._write(past_value, value.transpose(2, 3), axis=-1)
-        if past_key is None:
-            self.present[layer] = (None, new_value)
-            return key, new_value.transpose(2, 3)
-        new_key = self._write(past_key, key, axis=-2)
-        self.present[layer] = (new_key, new_value)
-        return new_key, new_value.transpose(2, 3)
+        new_value = self._write(layer, "value", value)
+        if (layer, "key") not in self._caches:
+            return key, new_value
+        return self._write(layer, "key", key), new_value
 
-    def _write(self, buffer: torch.Tensor, new: torch.Tensor, axis: int) -> torch.Tensor:
+    def _write(self, layer: int, kind: str, new: torch.Tensor) -> torch.Tensor:
+        """Write into one buffer, and see it as [B, N, T, D]."""
+        axis = self._caches[layer, kind].capacity_axis
+        buffer = self._buffers[layer, kind]
         written: torch.Tensor = torch.onnx.ops.symbolic(
             "TensorScatter",
-            (buffer, new, self._past_lengths),
-            attrs={"axis": axis, "mode": "linear"},
+            (buffer, _move_axis(new, _TOKENS, axis), self._past_lengths),
+            # From the end, as the operator's own default has it
+            attrs={"axis": axis - buffer.dim(), "mode": "linear"},
             dtype=new.dtype,
             shape=buffer.shape,
             version=OPSET_VERSION,
         )
-        return written
+        self._buffers[layer, kind] = written
+        return _move_axis(written, axis, _TOKENS)
+
+
+def _move_axis(tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    """The tensor itself where nothing moves: no node shall be traced for it."""
+    return tensor if source == target else tensor.movedim(source, target)

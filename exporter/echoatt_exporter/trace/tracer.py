@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -25,7 +25,6 @@ from echoatt_runtime.contract import (
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
-    CacheSpec,
     Specification,
 )
 
@@ -70,18 +69,17 @@ def trace_student(student: EchoAttForCausalLM, specification: Specification) -> 
     decoder = student.decoder
     family = family_of(decoder.config)
     layers = family.layers_of(decoder)
-    caches = [cache for cache in specification.caches if cache.layer in kinds.templates]
     with torch.no_grad(), _quiet(), only_layers(decoder, kinds.templates):
-        model = _trace(DecoderGraph(student, specification, kinds), caches, student.dtype)
+        model = _trace(DecoderGraph(student, specification, kinds), student.dtype)
     _name_dimensions(model, specification)
     lay_out_layers(model, specification, kinds, layers, f"decoder.{family.layers}.")
     simplify(model)
     return model
 
 
-def _trace(module: DecoderGraph, caches: Sequence[CacheSpec], dtype: torch.dtype) -> ir.Model:
+def _trace(module: DecoderGraph, dtype: torch.dtype) -> ir.Model:
     """Run torch's exporter on a module with the contract's inputs and some of its caches."""
-    sizes = _EXAMPLE
+    sizes, caches = _EXAMPLE, module.caches
     shapes = [cache.shape(sizes["batch"], sizes["capacity"]) for cache in caches]
     example = (
         torch.zeros((sizes["batch"], sizes["seq"]), dtype=torch.int64),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     constant,
     given,
     graph_of,
@@ -23,6 +23,7 @@ from echoatt_exporter.graph.matching import (
     shape_of,
     static_dim,
 )
+from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.weights import add_constant, weight_of
 
 _HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -51,6 +52,8 @@ class FuseRmsNorm(RewritePass):
     an intermediate value that something else needs.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.COMPUTED_ONCE})
+    gives = frozenset({Property.NORMS_FUSED})
     roots = frozenset({("", "ReduceMean")})
 
     def rewrite(self, node: ir.Node) -> None:

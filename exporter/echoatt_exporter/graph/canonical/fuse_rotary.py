@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     given,
     graph_of,
     integers,
@@ -29,6 +29,7 @@ from echoatt_exporter.graph.matching import (
     split_operands,
     static_dim,
 )
+from echoatt_exporter.graph.properties import Property
 
 
 class FuseRotary(RewritePass):
@@ -49,6 +50,8 @@ class FuseRotary(RewritePass):
     not one row for each row of x.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.COMPUTED_ONCE})
+    gives = frozenset({Property.ROTARY_FUSED})
     roots = frozenset({("", "Add")})
 
     def __init__(self) -> None:

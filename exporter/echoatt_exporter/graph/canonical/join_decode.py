@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from echoatt_exporter.graph.branches import PREFILL, branches, drop_nodes, take_nodes
+from echoatt_exporter.graph.branches import (
+    PREFILL,
+    branches,
+    drop_nodes,
+    one_token_condition,
+    take_nodes,
+)
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
-    RewritePass,
     given,
     graph_of,
-    integers,
-    made_by,
-    need,
     remove_dead,
     replace,
 )
-from echoatt_runtime.contract import INPUT_IDS
+from echoatt_exporter.graph.properties import Property
 
 
 class JoinDecode(RewritePass):
@@ -31,20 +34,13 @@ class JoinDecode(RewritePass):
     Every other If stays.
     """
 
+    gives = frozenset({Property.NO_BRANCHES})
     roots = frozenset({("", "If")})
 
     def rewrite(self, node: ir.Node) -> None:
         """Join one If."""
         graph = graph_of(node)
-        condition = given(node.inputs[0])
-        equal = made_by(condition, "Equal")
-        shape = made_by(equal.inputs[0], "Shape")
-        tokens = given(shape.inputs[0])
-        need(tokens.is_graph_input() and tokens.name == INPUT_IDS, "it is not about the tokens")
-        bounds = [shape.attributes.get_int(name, -1) for name in ("start", "end")]
-        need(bounds == [1, 2], "it is not about the number of tokens")
-        need(integers(equal.inputs[1]) == [1], "it is not about one token")
-
+        condition = one_token_condition(node)
         one, many = branches(node)
         drop_nodes(one)
         result = many.outputs[0]

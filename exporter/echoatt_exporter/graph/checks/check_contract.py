@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from echoatt_exporter.errors import ContractError
 from echoatt_exporter.graph.attention import find_attention
+from echoatt_exporter.graph.graph_pass import GraphPass
+from echoatt_exporter.graph.properties import Property
+from echoatt_exporter.graph.roles import Kind, Role, Use, is_weight, role_of
 from echoatt_runtime.contract import (
     INPUT_IDS,
     LOGITS,
@@ -19,13 +21,11 @@ from echoatt_runtime.contract import (
 
 OPSETS = {"": 24, "com.microsoft": 1}
 
-# Fused projections keep their names when CutPackedWeights has cut them to the values, with a mark
-_FOLLOWER_WEIGHT = re.compile(
-    r"layers\.(\d+)\..*?\b(?:q_proj|k_proj|q_norm|k_norm|(?:qkv_proj|query_key_value)(?!.*\.cut))\b"
-)
+# What a follower takes from its source
+_DROPPED = (Kind.QUERIES, Kind.KEYS)
 
 
-class CheckContract(ir.passes.InPlacePass):
+class CheckContract(GraphPass):
     """Checks a finished graph against its specification and changes nothing.
 
     It checks
@@ -34,13 +34,17 @@ class CheckContract(ir.passes.InPlacePass):
     2. caches: each is read by one TensorScatter only, which writes its present output at
        `past_lengths`;
     3. followers: they have no key cache, and read the very value that their source computes;
-    4. initializers: none that nothing reads, none named as a follower's query/key projection or
-       norm;
+    4. initializers: none that nothing reads, no weight of whose columns some have no known role,
+       none with columns that serve a follower's queries or keys alone;
     5. operator sets: ai.onnx 24 and com.microsoft 1, no other, and no node of another domain.
 
     All faults are collected before one error is raised. What only the written file can show is
     `check_file`'s part.
     """
+
+    needs = frozenset({Property.ROLES_ASSIGNED, Property.OPSETS_USED})
+    gives = frozenset({Property.CONTRACT_KEPT})
+    breaks = frozenset()
 
     def __init__(self, specification: Specification) -> None:
         """Take the bundle's specification."""
@@ -157,10 +161,26 @@ def _initializer_faults(graph: ir.Graph, specification: Specification) -> Iterat
     for name, value in graph.initializers.items():
         if not value.uses() and not value.is_graph_output():
             yield f"nothing reads the initializer {name}"
-        for match in _FOLLOWER_WEIGHT.finditer(name):
-            layer = int(match[1])
-            if layer < specification.num_layers and specification.plan.is_follower(layer):
-                yield f"{name} is a query or key weight of the follower layer {layer}"
+        elif is_weight(value):
+            yield from _role_faults(name, role_of(value), specification)
+
+
+def _role_faults(name: str, role: Role, specification: Specification) -> Iterator[str]:
+    """What is wrong with a weight's role, each fault once however many heads have it."""
+    if not role or not all(part.uses for part in role):
+        yield f"{name} is a weight {'with columns ' if role else ''}of unknown role"
+    dropped: dict[tuple[str, int | None], None] = {}
+    for part in role:
+        if part.uses and all(_is_dropped(use, specification) for use in part.uses):
+            dropped |= dict.fromkeys((use.kind.value, use.layer) for use in part.uses)
+    for kind, layer in dropped:
+        yield f"{name} holds the {kind} of the follower layer {layer}"
+
+
+def _is_dropped(use: Use, specification: Specification) -> bool:
+    if use.kind not in _DROPPED or use.layer is None:
+        return False
+    return use.layer < specification.num_layers and specification.plan.is_follower(use.layer)
 
 
 def _opset_faults(model: ir.Model) -> Iterator[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
-    RewritePass,
     given,
     graph_of,
     made_by,
@@ -16,6 +16,7 @@ from echoatt_exporter.graph.matching import (
     same_shape,
     shape_of,
 )
+from echoatt_exporter.graph.properties import Property
 
 _DOMAIN = "com.microsoft"
 _OPSET = 1
@@ -24,7 +25,7 @@ _OPSET = 1
 class FuseSkipRmsNorm(RewritePass):
     """Replaces Add and `RMSNormalization` by one `SkipSimplifiedLayerNormalization`.
 
-    Runs after FuseRmsNorm. The fused operator gives the sum as its fourth output, which the next
+    The fused operator gives the sum as its fourth output, which the next
     residual connection reads. The pass acts where a norm over the last axis of a [batch, seq,
     hidden] value reads an Add of two values of the same shape and type,
 
@@ -35,6 +36,8 @@ class FuseSkipRmsNorm(RewritePass):
     refuses an Add that broadcasts (a bias, a scalar), because the operator does not.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.NORMS_FUSED})
+    gives = frozenset({Property.RESIDUALS_FUSED})
     roots = frozenset({("", "RMSNormalization")})
 
     def rewrite(self, node: ir.Node) -> None:

@@ -8,9 +8,9 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     given,
     graph_of,
     integers,
@@ -24,6 +24,7 @@ from echoatt_exporter.graph.matching import (
     shape_of,
     static_dim,
 )
+from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.weights import add_constant
 from echoatt_runtime.contract import LOGITS_INDICES
 
@@ -61,6 +62,7 @@ class GatherEarly(RewritePass):
     CUDA it copies from the host, which a CUDA graph cannot record.)
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.RESIDUALS_FUSED, Property.PACKED})
     roots = frozenset({("", "GatherElements")})
 
     def rewrite(self, node: ir.Node) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import GraphPass
 from echoatt_exporter.graph.matching import (
     NoMatch,
     given,
@@ -18,12 +19,14 @@ from echoatt_exporter.graph.matching import (
     remove_dead,
     replace,
 )
-from echoatt_exporter.graph.weights import add_constant, add_lazy, packed_name, weight_of
+from echoatt_exporter.graph.properties import Property
+from echoatt_exporter.graph.roles import join_roles, role_of, set_role
+from echoatt_exporter.graph.weights import add_constant, add_lazy, joined_name, weight_of
 
 logger = logging.getLogger(__name__)
 
 
-class PackProjections(ir.passes.InPlacePass):
+class PackProjections(GraphPass):
     """Replaces several MatMul of one input by one MatMul and a Split.
 
     Query, key and value, or gate and up, read the same input: one product starts fewer kernels and
@@ -40,6 +43,18 @@ class PackProjections(ir.passes.InPlacePass):
     would store them twice) and inputs with one projection. The packed weight is put together when
     it is written, not now.
     """
+
+    needs = frozenset(
+        {
+            Property.NO_BRANCHES,
+            Property.NORMS_FUSED,
+            Property.ROTARY_FUSED,
+            Property.PLAN_APPLIED,
+            Property.NO_DEAD_KEYS,
+            Property.COLUMNS_CUT,
+        }
+    )
+    gives = frozenset({Property.PACKED})
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Pack every group of projections."""
@@ -138,13 +153,14 @@ def _concatenated(graph: ir.Graph, values: Sequence[ir.Value], axis: int) -> ir.
     """An initializer that joins others, named after all of them."""
     tensors = [weight_of(value) for value in values]
     shape = tensors[0].shape.numpy()
-    joined = sum(tensor.shape.numpy()[axis] for tensor in tensors)
-    new_shape = [joined if index == axis else dim for index, dim in enumerate(shape)]
-    name = packed_name([str(value.name) for value in values])
-    return add_lazy(
+    columns = [int(tensor.shape.numpy()[axis]) for tensor in tensors]
+    new_shape = [sum(columns) if index == axis else dim for index, dim in enumerate(shape)]
+    packed = add_lazy(
         graph,
-        name,
+        joined_name([str(value.name) for value in values]),
         lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=axis),
         tensors[0].dtype,
         new_shape,
     )
+    set_role(packed, join_roles(zip(map(role_of, values), columns, strict=True)))
+    return packed

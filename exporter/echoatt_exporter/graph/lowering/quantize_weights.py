@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
-    RewritePass,
     given,
     graph_of,
     need,
@@ -21,6 +21,8 @@ from echoatt_exporter.graph.matching import (
     remove_dead,
     replace,
 )
+from echoatt_exporter.graph.properties import Property
+from echoatt_exporter.graph.roles import role_of, set_role
 from echoatt_exporter.graph.weights import add_lazy, weight_of
 from echoatt_exporter.quantise.block_quantizer import (
     BLOCK_SIZE,
@@ -51,6 +53,8 @@ class QuantizeWeights(RewritePass):
     Weights are quantised when they are written, one at a time, not now.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.PACKED})
+    gives = frozenset({Property.QUANTISED})
     roots = frozenset({("", "MatMul")})
 
     def __init__(
@@ -91,7 +95,7 @@ class QuantizeWeights(RewritePass):
         need(tensor.dtype in _ACTIVATION_TYPES, f"{weight.name} is {tensor.dtype}")
         rows, columns = (int(size) for size in tensor.shape.numpy())
         if weight not in self._done:
-            self._done[weight] = list(self._register(graph, str(weight.name), tensor))
+            self._done[weight] = list(self._register(graph, weight, tensor))
         old = node.outputs[0]
         quantized = new_node(
             "MatMulNBits",
@@ -113,16 +117,18 @@ class QuantizeWeights(RewritePass):
         graph.opset_imports.setdefault(_DOMAIN, _OPSET)
 
     def _register(
-        self, graph: ir.Graph, name: str, tensor: ir.TensorProtocol
+        self, graph: ir.Graph, weight: ir.Value, tensor: ir.TensorProtocol
     ) -> Iterator[ir.Value]:
         """Add the weight's packed bits and scales as initializers."""
-        weight = _QuantizedWeight(tensor, self._bits, self._block_size)
+        quantized = _QuantizedWeight(tensor, self._bits, self._block_size)
         rows, columns = (int(size) for size in tensor.shape.numpy())
         shape = packed_shape(rows, columns, self._bits, self._block_size)
         parts = [("q", ir.DataType.UINT8, shape), ("scales", tensor.dtype, shape[:2])]
         for index, (suffix, dtype, part_shape) in enumerate(parts):
-            compute = functools.partial(weight.take, index)
-            yield add_lazy(graph, f"{name}.{suffix}", compute, dtype, part_shape)
+            compute = functools.partial(quantized.take, index)
+            value = add_lazy(graph, f"{weight.name}.{suffix}", compute, dtype, part_shape)
+            set_role(value, role_of(weight))
+            yield value
 
 
 class _QuantizedWeight:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     given,
     graph_of,
     last_axis,
@@ -26,6 +25,7 @@ from echoatt_exporter.graph.matching import (
     shape_of,
     static_dim,
 )
+from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.weights import add_constant
 
 _HEADS_BEFORE_TOKENS: Final = (0, 2, 1, 3)
@@ -35,7 +35,7 @@ class RotateTogether(RewritePass):
     """Puts queries and keys into heads, and rotates them, as one tensor.
 
     For a single new token each operator costs its start more than its work, and both turn by the
-    same angles. Runs after PackProjections and FuseRotary.
+    same angles.
 
     B batch, S new tokens, H query heads, N key heads, D head size. The pass acts on
 
@@ -48,6 +48,7 @@ class RotateTogether(RewritePass):
     olmo2), and layers without a rotation.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.PACKED, Property.ROTARY_FUSED})
     roots = frozenset({("", "Split")})
 
     def rewrite(self, node: ir.Node) -> None:
@@ -92,7 +93,6 @@ class RotateTogether(RewritePass):
             new.name = f"{old.name}.apart"
             replace(old, new)
         remove_dead(graph, [one.rotary.outputs[0], other.rotary.outputs[0], *outputs])
-        _rename_weights(graph, packed, first, len(outputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,27 +184,3 @@ def _rotation(
         "Split", [rotary.outputs[0], numbers], {"axis": 1}, num_outputs=2, name=f"{name}.apart"
     )
     return [split_heads, turned, rotary, apart]
-
-
-def _rename_weights(graph: ir.Graph, packed: ir.Value, first: int, count: int) -> None:
-    """Let the names of packed weights say which parts are split as one: `[q&k+v]` for `[q+k+v]`."""
-    node = packed.producer()
-    while node is not None:
-        for value in node.inputs:
-            if value is not None and value.is_initializer() and value.name is not None:
-                name = _joined_name(value.name, first, count)
-                if name != value.name and name not in graph.initializers:
-                    del graph.initializers[value.name]
-                    value.name = name
-                    graph.register_initializer(value)
-        before = node.inputs[0]
-        node = before.producer() if node.op_type == "Add" and before is not None else None
-
-
-def _joined_name(name: str, first: int, count: int) -> str:
-    match = re.search(r"\[([^\]]*)\]", name)
-    parts = match[1].split("+") if match is not None else []
-    if match is None or len(parts) != count:
-        return name
-    parts[first : first + 2] = ["&".join(parts[first : first + 2])]
-    return name.replace(match[0], f"[{'+'.join(parts)}]")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     given,
     graph_of,
     need,
@@ -15,6 +15,8 @@ from echoatt_exporter.graph.matching import (
     remove_dead,
     replace,
 )
+from echoatt_exporter.graph.properties import Property
+from echoatt_exporter.graph.roles import role_of, set_role, unite_roles
 from echoatt_exporter.graph.weights import add_constant, weight_of
 
 
@@ -30,6 +32,7 @@ class ShareTiedTable(RewritePass):
     It leaves alone weights that are used elsewhere too, and tables that merely look alike.
     """
 
+    needs = frozenset({Property.NO_BRANCHES, Property.PACKED})
     roots = frozenset({("", "MatMul")})
 
     def rewrite(self, node: ir.Node) -> None:
@@ -58,6 +61,7 @@ class ShareTiedTable(RewritePass):
             "Reshape", [gemm.outputs[0], shape.outputs[0]], after=logits, suffix="shared"
         )
         flat.outputs[0].shape = gemm.outputs[0].shape = None
+        set_role(table, unite_roles(role_of(table), role_of(weight)))
         graph.insert_before(node, [flat, gemm, rows, shape, restored])
         replace(logits, restored.outputs[0])
         remove_dead(graph, [logits])

@@ -9,9 +9,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from echoatt_exporter.errors import ContractError
 from echoatt_exporter.graph.attention import check_plan, find_attention
+from echoatt_exporter.graph.graph_pass import GraphPass
+from echoatt_exporter.graph.matching import given, shape_of
+from echoatt_exporter.graph.properties import Property
 
 
-class RemoveDeadBranches(ir.passes.InPlacePass):
+class RemoveDeadBranches(GraphPass):
     """Removes the followers' query and key branches.
 
     A key cache is an output, so it keeps its layer's query/key branch alive although nobody reads
@@ -19,12 +22,16 @@ class RemoveDeadBranches(ir.passes.InPlacePass):
 
     1. drops each follower's output `present.{l}.key`;
     2. lets a Shape of a follower's key cache, where the exporter happened to ask for the capacity,
-       read the value cache, whose last axis it is;
+       read the value cache, which has it too;
     3. removes every node and every initializer that no output needs any more;
     4. drops each follower's input `past_key_values.{l}.key`, which nothing reads then.
 
     A weight that also serves something alive stays; CutPackedWeights handles those.
     """
+
+    needs = frozenset({Property.NO_BRANCHES, Property.PLAN_APPLIED})
+    gives = frozenset({Property.NO_DEAD_KEYS})
+    breaks = GraphPass.breaks | {Property.COLUMNS_CUT}
 
     def __init__(self, sources: Sequence[int]) -> None:
         """Take the plan.
@@ -76,22 +83,24 @@ def _move_shapes(graph: ir.Graph, followers: Sequence[int]) -> None:
 
 
 def _move_shape(shape: ir.Node, value_cache: ir.Value) -> None:
-    """Let a Shape of a key cache read a value cache, whose last two axes are the other way round.
+    """Let a Shape of a key cache read a value cache, whose axes may lie in another order.
 
     Raises:
-        ContractError: It asks for several axes of which the last two are only some.
+        ContractError: It asks for several axes that lie otherwise there.
     """
-    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", 4)
-    axes = range(4)[start:end]
-    if axes in (range(2, 3), range(3, 4)):
-        other = 5 - axes[0]
-        shape.attributes["start"] = ir.AttrInt64("start", other)
-        shape.attributes["end"] = ir.AttrInt64("end", other + 1)
-    elif not set(axes) <= {0, 1}:
+    mine, other = list(shape_of(given(shape.inputs[0]))), list(shape_of(value_cache))
+    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", len(mine))
+    asked = mine[start:end]
+    places = [i for i in range(len(other)) if other[i : i + len(asked)] == asked]
+    if not places:
         raise ContractError(
-            f"{shape.outputs[0].name} asks for axes {list(axes)} of a follower's key cache; "
-            "export the model again with echoatt-export"
+            f"{shape.outputs[0].name} asks for axes {list(range(4)[start:end])} of a follower's key"
+            " cache; export the model again with echoatt-export"
         )
+    # The same place if it is one: sizes may be equal by chance
+    place = start if start in places else places[0]
+    shape.attributes["start"] = ir.AttrInt64("start", place)
+    shape.attributes["end"] = ir.AttrInt64("end", place + len(asked))
     shape.replace_input_with(0, value_cache)
 
 

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from echoatt_exporter.graph.attention import LayerAttention, check_plan, find_attention
+from echoatt_exporter.graph.graph_pass import GraphPass
+from echoatt_exporter.graph.properties import Property
 from echoatt_runtime.errors import PlanError
 
 logger = logging.getLogger(__name__)
 
 
-class RewireProbabilities(ir.passes.InPlacePass):
+class RewireProbabilities(GraphPass):
     """Replaces a follower's own attention probabilities by its source's.
 
     For a graph by the contract in which layers still compute their own. It acts
@@ -23,6 +25,10 @@ class RewireProbabilities(ir.passes.InPlacePass):
 
     What computed the follower's own probabilities stays, and RemoveDeadBranches removes it.
     """
+
+    needs = frozenset({Property.NO_BRANCHES})
+    gives = frozenset({Property.PLAN_APPLIED})
+    breaks = GraphPass.breaks | {Property.NO_DEAD_KEYS}
 
     def __init__(self, sources: Sequence[int]) -> None:
         """Take the plan.

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from echoatt_exporter.graph.branches import DECODE, PREFILL, branch
 from echoatt_exporter.graph.copy_nodes import copy_nodes
+from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
     NoMatch,
-    RewritePass,
     given,
     graph_of,
     made_by,
@@ -25,6 +25,7 @@ from echoatt_exporter.graph.matching import (
     shape_of,
     static_dim,
 )
+from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.weights import add_constant
 from echoatt_runtime.contract import INPUT_IDS
 
@@ -61,6 +62,7 @@ class SplitDecode(RewritePass):
     something else reads on the way, other element types.
     """
 
+    breaks = RewritePass.breaks | {Property.NO_BRANCHES}
     roots = frozenset({("", "MatMul")})
 
     def prepare(self) -> None:

@@ -1,0 +1,12 @@
+"""The lowering for CUDA."""
+
+from __future__ import annotations
+
+from echoatt_exporter.graph.lowering.fewer_kernels import fewer_kernels
+from echoatt_exporter.graph.run import PassStep
+from echoatt_runtime.contract import Specification
+
+
+def steps(specification: Specification) -> list[PassStep]:
+    """The passes of this lowering."""
+    return fewer_kernels(specification)
