@@ -21,7 +21,7 @@ from echoatt_runtime.contract import SharingPlan
 OnStep = Callable[[str], None]
 
 # What of this package a bundle's content depends on: a change there makes bundles anew
-_EXPORT_SOURCES = ("trace", "passes", "share", "export.py", "bundle.py")
+_EXPORT_SOURCES = ("bundle", "graph", "quantise", "share", "trace", "export.py")
 
 
 def default_work() -> Path:
