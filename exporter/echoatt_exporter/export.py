@@ -29,6 +29,7 @@ from echoatt_exporter.export_report import ExportReport, OnStep, ignore_step
 from echoatt_exporter.graph import export_pipeline, run_pipeline
 from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
 from echoatt_exporter.share.checkpoint import CheckpointOutline, load_shared, read_outline
+from echoatt_exporter.share.unfit_checkpoints import CONFIG
 from echoatt_exporter.share.weight_files import checkpoint_digest, read_json_object
 from echoatt_exporter.trace.tracer import graph_dtype, trace_student
 from echoatt_runtime.bundle import Bundle
@@ -185,7 +186,8 @@ def _special_tokens(outline: CheckpointOutline) -> dict[str, Any]:
     """The tokens that begin, end and pad a text, as a specification has them.
 
     Raises:
-        CheckpointError: `generation_config.json` cannot be read, or they are no numbers.
+        CheckpointError: `generation_config.json` cannot be read, or a token is not in the
+            vocabulary.
     """
     path = outline.directory / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
@@ -197,11 +199,12 @@ def _special_tokens(outline: CheckpointOutline) -> dict[str, Any]:
 
     bos, eos, pad = (token(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
     all_eos = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    vocabulary = outline.architecture.vocab_size
     for value in (bos, pad, *all_eos):
-        if value is not None and type(value) is not int:
+        if value is not None and (type(value) is not int or not 0 <= value < vocabulary):
             raise CheckpointError(
-                f"{outline.directory}: the special token {value!r} in its configuration is not a"
-                " token's number"
+                f"{outline.directory}: its configuration names the special token {value!r}, which"
+                f" is not in its vocabulary of {vocabulary}; correct {path.name} or {CONFIG}"
             )
     return {"bos_token_id": bos, "eos_token_ids": all_eos, "pad_token_id": pad}
 

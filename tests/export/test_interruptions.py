@@ -61,8 +61,8 @@ def test_export_that_is_killed_leaves_a_whole_bundle_and_the_next_one_cleans_up(
     generator = random.Random(9)  # noqa: S311 - the same moments every time
     killed = 0
     for work, kills in (
-        (lambda: export_bundle(checkpoint, out, OLD, verify=False, force=True), 4),
-        (lambda: rewrite_bundle(unshared_bundle, out, NEW, force=True), 16),
+        (lambda: export_bundle(checkpoint, out, OLD, verify=False, force=True), 3),
+        (lambda: rewrite_bundle(unshared_bundle, out, NEW, force=True), 17),
     ):
         start = time.monotonic()
         assert Child(work).wait() == 0
