@@ -20,8 +20,10 @@ from echoatt_exporter.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from echoatt_exporter.export import ExportReport, export_bundle, rewrite_bundle
+from echoatt_exporter.export import export_bundle
+from echoatt_exporter.export_report import ExportReport
 from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
+from echoatt_exporter.rewrite import rewrite_bundle
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import (
     load_model,

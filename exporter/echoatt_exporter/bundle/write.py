@@ -1,29 +1,24 @@
-"""Writing a bundle: the model file, its weight file and the tokenizer files, whole or not at all.
+"""How a staged bundle is written: weights and graph, manifest, check, verification, publication.
 
-Everything is written and verified in a staging directory beside the output and then moved into
-place. The model file moves last and is removed first when an older bundle is replaced, so that
-whatever moment the process dies at, no model file stands next to weights that are not its own.
+Everything is written and verified in the staging folder and only then moved into place, so that a
+bundle appears whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import filecmp
 import importlib.metadata
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from echoatt_exporter.errors import ExportError, OutputExistsError
+from echoatt_exporter.bundle.place import BundlePath, writing_to
+from echoatt_exporter.bundle.publish import publish
+from echoatt_exporter.bundle.room import check_room
+from echoatt_exporter.bundle.stage import Stage
 from echoatt_exporter.graph import check_file
-from echoatt_exporter.share.checkpoint import save_tokenizer
 from echoatt_runtime.bundle import Bundle, file_sha256, read_onnx_file
 from echoatt_runtime.contract import (
     COMPANION,
@@ -36,9 +31,6 @@ from echoatt_runtime.contract import (
 )
 from echoatt_runtime.ort import has_cuda
 
-# Read by people and tools beside the bundle; the runtime itself reads the manifest.
-_CONFIG_FILES = ("config.json", "generation_config.json")
-
 # Tensors up to this size stay in the model file: shapes and scalars, needed at once.
 _INLINE_BYTES = 1024
 
@@ -46,52 +38,11 @@ _INLINE_BYTES = 1024
 _IN_FLIGHT_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class BundlePath:
-    """Where a bundle goes.
-
-    Attributes:
-        model: The `.onnx` file.
-    """
-
-    model: Path
-
-    @classmethod
-    def of(cls, out: str | Path) -> BundlePath:
-        """Read a command line's OUT: a `.onnx` file, or a directory for `model.onnx`."""
-        path = Path(out)
-        return cls(path if path.suffix == ".onnx" else path / "model.onnx")
-
-    @property
-    def weights(self) -> Path:
-        """The external data file."""
-        return self.model.with_name(self.model.name + ".data")
-
-    def check_free(self, *, force: bool) -> None:
-        """Refuse to overwrite, before any work is done.
-
-        Raises:
-            OutputExistsError: Model or weight file exist, and not `force`.
-            ExportError: The output's directory cannot be made or is a file.
-        """
-        if self.model.is_dir():
-            raise ExportError(f"{self.model} is a directory; name a file for the model")
-        for path in (self.model, self.weights):
-            if path.exists() and not force:
-                raise OutputExistsError(f"{path} exists; choose another name or pass --force")
-        try:
-            self.model.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ExportError(
-                f"{self.model.parent}: cannot make the directory ({error})"
-            ) from error
-
-
 def write_bundle(
     model: ir.Model,
     specification: Specification,
+    stage: Stage,
     out: BundlePath,
-    copy_files: Callable[[Path], None],
     *,
     force: bool,
     verify: Callable[[Bundle], Verification | None],
@@ -102,8 +53,8 @@ def write_bundle(
     Args:
         model: The finished graph.
         specification: What it computes.
+        stage: Where it is made; the companions are there already.
         out: Where it goes.
-        copy_files: Puts the files that belong beside the model into a directory.
         force: Overwrite what is there.
         verify: Compares the staged bundle with PyTorch; raises what it must.
         on_weight: Called with (tensors written, tensors in all).
@@ -116,13 +67,10 @@ def write_bundle(
         ExportError: No room, or the file system refuses.
         ContractError: The written file is not clean.
     """
-    out.check_free(force=force)
-    with _os_errors(out.model), _staging(out.model.parent) as stage:
-        copy_files(stage)
-        companions = [_describe(path, COMPANION) for path in sorted(stage.iterdir())]
-        _check_companions(stage, out.model.parent, force=force)
-        staged = BundlePath(stage / out.model.name)
-        _check_room(model, stage)
+    staged = BundlePath(stage.bundle / out.model.name)
+    with writing_to(out.model):
+        companions = [_describe(path, COMPANION) for path in sorted(stage.bundle.iterdir())]
+        check_room(out.place, _weight_bytes(model))
         _save(model, staged, on_weight)
         manifest = Manifest(
             exporter_version=importlib.metadata.version("echoatt"),
@@ -136,7 +84,7 @@ def write_bundle(
         verification = verify(Bundle.open(staged.model, verify=True))
         manifest = dataclasses.replace(manifest, verification=verification)
         _stamp(staged.model, bare, manifest)
-        _publish(staged, out)
+        publish(stage, out, force=force)
     return manifest
 
 
@@ -146,28 +94,12 @@ def _describe(path: Path, role: str) -> BundleFile:
     )
 
 
-def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Put tokenizer, chat template and configurations of a checkpoint beside a model.
-
-    Args:
-        source: The checkpoint's directory.
-        target: An existing directory.
-        trust_remote_code: Let a tokenizer run code of the checkpoint's own.
-
-    Raises:
-        CheckpointError: There is a tokenizer, and it cannot be loaded.
-    """
-    save_tokenizer(source, target, trust_remote_code=trust_remote_code)
-    for name in _CONFIG_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def copy_companions(bundle: Bundle, target: Path) -> None:
-    """Copy what belongs beside a bundle's model to another directory."""
-    for file in bundle.manifest.companions:
-        if (path := bundle.companion(file.name)) is not None:
-            shutil.copyfile(path, target / file.name)
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
 
 
 def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], None]) -> None:
@@ -213,55 +145,3 @@ def _stamp(path: Path, bare: int, manifest: Manifest) -> None:
         file.truncate(bare)
         file.seek(bare)
         file.write(entry.SerializeToString())
-
-
-def _check_room(model: ir.Model, stage: Path) -> None:
-    needed = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
-    free = shutil.disk_usage(stage).free
-    if free < needed:
-        raise ExportError(
-            f"{stage.parent}: the weights take {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are"
-            " free; make room or choose another disk"
-        )
-
-
-def _check_companions(stage: Path, target: Path, *, force: bool) -> None:
-    """Refuse to replace another model's tokenizer."""
-    if force:
-        return
-    for path in stage.iterdir():
-        there = target / path.name
-        if there.exists() and not filecmp.cmp(path, there, shallow=False):
-            raise OutputExistsError(
-                f"{there} exists and differs from what goes beside this model (it may be another"
-                " model's); choose an empty directory, or pass --force to replace it"
-            )
-
-
-def _publish(staged: BundlePath, out: BundlePath) -> None:
-    out.model.unlink(missing_ok=True)
-    for path in sorted(staged.model.parent.iterdir(), key=lambda path: path == staged.model):
-        path.replace(out.model.parent / path.name)
-
-
-@contextlib.contextmanager
-def _staging(parent: Path) -> Iterator[Path]:
-    stage = Path(tempfile.mkdtemp(prefix=".echoatt-", dir=parent))
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"{path}: no room left on the disk; nothing was published") from error
-        raise ExportError(f"{path}: cannot write ({error}); nothing was published") from error

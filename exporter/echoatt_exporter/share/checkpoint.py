@@ -12,7 +12,8 @@ import logging
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.architecture import DecoderArchitecture, architecture_of
 from echoatt_exporter.errors import CheckpointError, ExportError, OutputExistsError
 from echoatt_exporter.families import FAMILIES, family_of
 from echoatt_exporter.share.apply import share_attention
@@ -44,6 +45,7 @@ from echoatt_exporter.share.unfit_checkpoints import (
     short,
 )
 from echoatt_exporter.share.weight_files import (
+    StoredTensor,
     checkpoint_digest,
     read_json_object,
     stored_dtype,
@@ -54,12 +56,14 @@ from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 
 __all__ = [
+    "CheckpointOutline",
     "check_new_directory",
     "checkpoint_digest",
     "is_student",
     "load_model",
     "load_shared",
     "load_teacher",
+    "read_outline",
     "save_student",
 ]
 
@@ -75,6 +79,76 @@ def is_student(path: str | Path) -> bool:
         CheckpointError: It is not a model directory.
     """
     return _is_students(read_json_object(_directory(path) / CONFIG))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOutline:
+    """What a checkpoint is, known without reading its weights.
+
+    Attributes:
+        directory: Where it lies.
+        config: Its configuration.
+        plan: The plan to apply to a teacher, or a student's own.
+        is_student: Whether it is a student's.
+        tensors: Its stored tensors by name.
+    """
+
+    directory: Path
+    config: PreTrainedConfig
+    plan: SharingPlan
+    is_student: bool
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The decoder's configuration."""
+        found: PreTrainedConfig = self.config.get_text_config()
+        return found
+
+    @property
+    def architecture(self) -> DecoderArchitecture:
+        """The decoder's shape."""
+        return architecture_of(self.text_config)
+
+
+def read_outline(
+    path: str | Path, plan: SharingPlan | str | None, *, trust_remote_code: bool = False
+) -> CheckpointOutline:
+    """Check all of a checkpoint and of a plan for it that can be checked without its weights.
+
+    Args:
+        path: As in `load_shared`, and so are the others.
+        plan: The plan.
+        trust_remote_code: Allow Python code in the directory to run.
+
+    Raises:
+        CheckpointError: As in `load_shared`.
+        UnsupportedModelError: As in `load_shared`.
+        PlanError: As in `load_shared`.
+    """
+    directory = _directory(path)
+    raw = read_json_object(directory / CONFIG)
+    student = _is_students(raw)
+    config: PreTrainedConfig
+    if student:
+        own, config = _student_config(directory, raw)
+        asked = own if plan is None else SharingPlan.of(plan, own.num_layers)
+        # Where its plan moved heads, they lie that way in its weights
+        if asked.sources != own.sources:
+            raise PlanError(
+                f"{directory} is a student with the plan {list(own.sources)}, not"
+                f" {list(asked.sources)}; leave the plan out, or start from the teacher"
+            )
+        plan = own
+    else:
+        config = _teacher_config(directory, raw, trust_remote_code)
+        architecture = architecture_of(config)
+        count = architecture.num_layers
+        plan = SharingPlan.unshared(count) if plan is None else SharingPlan.of(plan, count)
+        architecture.validate_plan(plan)
+    tensors = stored_tensors(weight_files(directory))
+    stored_dtype(tensors, directory)
+    return CheckpointOutline(directory, config, plan, student, tensors)
 
 
 def load_shared(
@@ -102,27 +176,13 @@ def load_shared(
         UnsupportedModelError: The model cannot be shared.
         PlanError: The plan does not fit the model, or is not the student's own.
     """
-    directory = _directory(path)
-    raw = read_json_object(directory / CONFIG)
-    if not _is_students(raw):
-        # Before any weight is read: a wrong plan is found at once
-        config = _teacher_config(directory, raw, trust_remote_code)
-        architecture = architecture_of(config)
-        count = architecture.num_layers
-        plan = SharingPlan.unshared(count) if plan is None else SharingPlan.of(plan, count)
-        architecture.validate_plan(plan)
-        teacher = _load(AutoModelForCausalLM, directory, config, dtype, trust_remote_code)
-        return share_attention(teacher, plan)
-    own, config = _student_config(directory, raw)
-    asked = own if plan is None else SharingPlan.of(plan, own.num_layers)
-    # Where its plan moved heads, they lie that way in its weights
-    if asked.sources != own.sources:
-        raise PlanError(
-            f"{directory} is a student with the plan {list(own.sources)}, not"
-            f" {list(asked.sources)}; leave the plan out, or start from the teacher"
-        )
-    student: EchoAttForCausalLM = _load(EchoAttForCausalLM, directory, config, dtype, False)
-    return student
+    outline = read_outline(path, plan, trust_remote_code=trust_remote_code)
+    directory, config = outline.directory, outline.config
+    if outline.is_student:
+        student: EchoAttForCausalLM = _load(EchoAttForCausalLM, directory, config, dtype, False)
+        return student
+    teacher = _load(AutoModelForCausalLM, directory, config, dtype, trust_remote_code)
+    return share_attention(teacher, outline.plan)
 
 
 def load_teacher(
