@@ -22,17 +22,28 @@ EchoAttError
 Every message is one line: what is wrong, where, and what to do.
 """
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
+
+# Files name things as long as they like. What is wrong comes first in a message, what to do last.
+_LONGEST_BEGINNING: Final = 1600
+_LONGEST_END: Final = 400
 
 
 class EchoAttError(Exception):
     """Base of every error that EchoAtt raises on purpose.
+
+    Its message often has in it what a file or a library says. Whatever that is, the message is one
+    line of bounded length that a terminal can show.
 
     Attributes:
         exit_code: What a command ends with when this error ends it.
     """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_bounded_line(message))
 
 
 class BundleError(EchoAttError):
@@ -106,3 +117,14 @@ class SamplingError(EchoAttError):
 def one_line(error: BaseException) -> str:
     """The error's message with all white space collapsed."""
     return " ".join(str(error).split())
+
+
+def _bounded_line(text: str) -> str:
+    """A text without line breaks and control characters, its middle left out where it is long."""
+    if len(text) > _LONGEST_BEGINNING + _LONGEST_END:
+        text = f"{text[:_LONGEST_BEGINNING]} ... {text[-_LONGEST_END:]}"
+    # Blanks stay as they are: paths have them
+    text = re.sub(r"\s*[^\S ]\s*", " ", text).strip()
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -66,8 +66,8 @@ class EchoModel:
                 an error, never replaced.
             threads: CPU threads that one operator may use; None leaves it to ONNX Runtime.
             prefill_chunk: Most prompt tokens to run at once. Attention's memory grows with it.
-            verify: Compare every file's hash with the manifest first, which reads all of them.
-                Sizes are always compared.
+            verify: Compare every file's hash with the manifest first, which reads all of them. The
+                graph's hash and all sizes are always compared.
 
         Raises:
             BundleError: There is no usable bundle; the subclass says why.

@@ -40,6 +40,7 @@ from echoatt_exporter.share.unfit_checkpoints import (
     refuse_misfits,
     refuse_non_finite,
     refuse_other_modules,
+    refuse_oversized,
     refuse_quantised,
     refuse_stored_as_integers,
     short,
@@ -320,6 +321,7 @@ def _directory(path: str | Path) -> Path:
         raise CheckpointError(f"{directory}: is a file; give the directory that holds {CONFIG}")
     if not (directory / CONFIG).is_file():
         raise CheckpointError(f"{directory}: no {CONFIG}; not a Hugging Face model directory")
+    refuse_oversized(directory)
     return directory
 
 

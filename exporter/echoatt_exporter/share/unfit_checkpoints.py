@@ -15,6 +15,18 @@ from echoatt_exporter.share.weight_files import DENSE_DTYPES, StoredTensor, few
 
 CONFIG = "config.json"
 
+# Larger than any tokenizer; what is here is read into memory, by other libraries too
+_LARGEST_TEXT = 256 << 20
+_TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def refuse_oversized(directory: Path) -> None:
+    """Refuse configurations and tokenizers that are too large to be any."""
+    for pattern in _TEXT_PATTERNS:
+        for path in directory.glob(pattern):
+            if path.is_file() and (size := path.stat().st_size) > _LARGEST_TEXT:
+                raise CheckpointError(f"{path}: has {size} bytes; copy or download it again")
+
 
 def refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
     """Refuse a configuration that says that the weights are quantised."""

@@ -56,7 +56,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -102,7 +102,9 @@ def _indexed_files(index: Path) -> list[Path]:
     shards = sorted(set(weight_map.values()))
     if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise CheckpointError(f"{index}: names files outside its directory: {few(outside)}")
-    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+    # Looking names up would fail for those that no file can have
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}
+    if missing := [shard for shard in shards if shard not in there]:
         raise CheckpointError(
             f"{index}: names weight files that are missing: {few(missing)}; download them again"
         )

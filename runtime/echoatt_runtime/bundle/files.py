@@ -29,6 +29,8 @@ from echoatt_runtime.errors import BundleNotFoundError, DamagedBundleError
 _HASHED_AT_ONCE: Final = 1 << 20
 # More than any tokenizer's; what is larger is not read into memory
 _LARGEST_COMPANION: Final = 256 << 20
+# Of weights that begin at a page of the largest kind
+_MOST_PADDING: Final = 64 << 10
 
 _ELEMENT_BYTES: Final = {element.onnx: element.bytes for element in ELEMENT_TYPES.values()}
 
@@ -83,11 +85,12 @@ class Bundle:
     def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
         """Find a bundle and check its files.
 
-        Without `verify` sizes are checked and nothing but the model file is read.
+        The graph is always held against its hash, and every file's size. Nothing but the model file
+        is read without `verify`.
 
         Args:
             path: The .onnx file, or a directory that holds model.onnx.
-            verify: Hash every file, which reads all of them.
+            verify: Hash the files beside the model too, which reads all of them.
 
         Raises:
             BundleNotFoundError: There is no such file.
@@ -97,14 +100,16 @@ class Bundle:
                 bundle's directory.
         """
         model = find_model(path)
+        _refuse_link(model, model.lstat())
         onnx = read_onnx_file(model)
         manifest = Manifest.from_metadata(onnx.metadata, str(model))
         bundle = cls(model, manifest)
+        bundle._check_graph(onnx)
         for file in manifest.files:
             bundle._check(file)
         bundle._check_external(onnx)
         if verify:
-            bundle._verify(onnx)
+            bundle._verify()
         return bundle
 
     @property
@@ -141,11 +146,7 @@ class Bundle:
             raise DamagedBundleError(
                 f"{self.model} has lost its file {file.name}; copy it into the same directory"
             ) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise DamagedBundleError(
-                f"{path} is a link or no plain file; a bundle's files lie beside its model: copy"
-                " the file itself there"
-            )
+        _refuse_link(path, found)
         if file.bytes is not None and found.st_size != file.bytes:
             raise DamagedBundleError(
                 f"{path} has {found.st_size} bytes instead of {file.bytes}; "
@@ -155,21 +156,30 @@ class Bundle:
             raise DamagedBundleError(f"{path} has {found.st_size} bytes; export it again")
 
     def _check_external(self, onnx: OnnxFile) -> None:
-        """Check that the graph reads its weights from the weight file and from inside it."""
+        """Check that the weight file is what the graph reads its weights from, no more nor less."""
         size = self.weights.stat().st_size
+        used = max((tensor.offset + (tensor.length or 0) for tensor in onnx.external), default=0)
+        if size > used + _MOST_PADDING:
+            raise DamagedBundleError(
+                f"{self.weights} has {size} bytes, and the weights of the graph end at {used};"
+                " export it again"
+            )
         for tensor in onnx.external:
             for fault in _external_faults(tensor, self.manifest.weights.name, size):
                 raise DamagedBundleError(
                     f"the weight {tensor.name!r} of {self.model} {fault}; export it again"
                 )
 
-    def _verify(self, onnx: OnnxFile) -> None:
+    def _check_graph(self, onnx: OnnxFile) -> None:
+        """Check the graph's hash, which is there anyway: no other graph reaches ONNX Runtime."""
         expected = self.manifest.graph_sha256
         if expected is not None and onnx.graph_sha256 != expected:
             raise DamagedBundleError(
                 f"the graph of {self.model} is not the one that was exported (its hash differs); "
                 "copy or export it again"
             )
+
+    def _verify(self) -> None:
         for file in self.manifest.files:
             path = self.model.with_name(file.name)
             if file.sha256 is not None and file_sha256(path) != file.sha256:
@@ -186,6 +196,14 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_HASHED_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _refuse_link(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedBundleError(
+            f"{path} is a link or no plain file; a bundle's files lie beside its model: copy the"
+            " file itself there"
+        )
 
 
 def _external_faults(tensor: ExternalTensor, weights: str, size: int) -> Iterator[str]:

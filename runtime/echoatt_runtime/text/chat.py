@@ -11,9 +11,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from echoatt_runtime.errors import ChatTemplateError, PromptError, one_line
+from echoatt_runtime.text.bounded_templates import BoundedEnvironment
 from echoatt_runtime.text.tokenizer import TextTokenizer
 
 Message = Mapping[str, Any]
@@ -30,7 +30,8 @@ def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message]) -> str:
 
     Raises:
         PromptError: No messages, or one without role or content.
-        ChatTemplateError: There is no template, or it refuses the messages.
+        ChatTemplateError: There is no template, it refuses the messages, or it is out of bounds in
+            what it takes.
     """
     if not messages:
         raise PromptError("the chat has no messages; give at least one")
@@ -42,19 +43,20 @@ def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message]) -> str:
             "the checkpoint has no chat template; pass the prompt as text, "
             "or export the model again from a checkpoint that has one"
         )
+    given = _plain(list(messages))
     try:
-        template = _environment().from_string(tokenizer.chat_template)
+        template = _environment(given).from_string(tokenizer.chat_template)
         return template.render(
-            messages=_plain(list(messages)),
+            messages=given,
             tools=None,
             documents=None,
             add_generation_prompt=True,
             **tokenizer.special_tokens,
         )
     # A template is a program of the checkpoint's, and may fail in any way.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    except Exception as error:
         raise ChatTemplateError(
-            f"the chat template refuses the messages ({one_line(error)}); "
+            f"the chat template refuses the messages ({one_line(error) or type(error).__name__}); "
             "see which roles and orders it allows"
         ) from error
 
@@ -69,8 +71,9 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(given: object) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
+        given,
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationTag, jinja2.ext.loopcontrols],
@@ -78,6 +81,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.bound_filters()
     return environment
 
 

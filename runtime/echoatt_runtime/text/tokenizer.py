@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from echoatt_runtime.errors import DamagedBundleError, one_line
+from echoatt_runtime.errors import DamagedBundleError, EchoAttError, PromptError, one_line
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
@@ -79,12 +80,10 @@ class TextTokenizer:
                 f"{directory} has no {TOKENIZER_FILE} of this model; export it again from a"
                 " checkpoint that has one"
             )
-        try:
+        with _failing_as(
+            DamagedBundleError, f"{path} cannot be read", "copy it again from the checkpoint"
+        ):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise DamagedBundleError(
-                f"{path} cannot be read ({one_line(error)}); copy it again from the checkpoint"
-            ) from error
         # tokenizer.json alone says which tokens are added: transformers no longer heeds
         # `add_bos_token` in tokenizer_config.json. Padding and truncation are left from training.
         tokenizer.no_padding()
@@ -96,12 +95,30 @@ class TextTokenizer:
         return cls(tokenizer, special_tokens, _read_chat_template(find(CHAT_TEMPLATE_FILE), config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without.
+
+        Raises:
+            PromptError: The tokenizer has no tokens for the text, or it is no valid Unicode.
+        """
+        with _failing_as(
+            PromptError,
+            "the checkpoint's tokenizer refuses the text",
+            f"see that it is valid Unicode, and that {TOKENIZER_FILE} is whole",
+        ):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of `token_ids`, without special tokens."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text of `token_ids`, without special tokens.
+
+        Raises:
+            DamagedBundleError: The tokenizer fails on tokens that the model has.
+        """
+        with _failing_as(
+            DamagedBundleError,
+            "the checkpoint's tokenizer cannot make text of tokens",
+            f"see that {TOKENIZER_FILE} is whole, and copy it again from the checkpoint",
+        ):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def is_byte_token(self, token_id: int) -> bool:
         """Whether the token stands for one byte of a character that the vocabulary lacks."""
@@ -110,6 +127,18 @@ class TextTokenizer:
     def is_special_token(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out."""
         return token_id in self._skipped_tokens
+
+
+@contextlib.contextmanager
+def _failing_as(error_type: type[EchoAttError], what: str, advice: str) -> Iterator[None]:
+    """Turn whatever tokenizers raises into an error of ours."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # tokenizers raises Exception itself, and where its Rust code panics no Exception at all
+    except BaseException as error:
+        raise error_type(f"{what} ({one_line(error)}); {advice}") from error
 
 
 def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:

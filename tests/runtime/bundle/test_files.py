@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -13,11 +14,24 @@ from echoatt_runtime import (
     NewerFormatError,
 )
 from echoatt_runtime.bundle import Bundle, find_model, read_manifest, read_onnx_file
+from echoatt_runtime.contract import METADATA_KEY
 
 
 @pytest.fixture
 def copy(bundle, tmp_path):
     return shutil.copytree(bundle, tmp_path / "copy")
+
+
+@pytest.fixture
+def make_fit(restamp):
+    """Lets a manifest have the hash of the graph as it is now, as somebody would who means harm."""
+
+    def make(path):
+        opened = read_onnx_file(path)
+        manifest = json.loads(opened.metadata[METADATA_KEY])
+        restamp(path, json.dumps(manifest | {"graph_sha256": opened.graph_sha256}))
+
+    return make
 
 
 def edit_weights(path, **entries):
@@ -73,7 +87,7 @@ def test_a_file_of_another_size(copy, name, change):
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_link_is_not_followed(copy, tmp_path, name):
     (copy / name).rename(tmp_path / "elsewhere")
     (copy / name).symlink_to(tmp_path / "elsewhere")
@@ -92,13 +106,14 @@ def test_a_link_is_not_followed(copy, tmp_path, name):
         ({"length": "8"}, "has 8 bytes for the shape"),
     ],
 )
-def test_weights_lie_in_the_weight_file_and_nowhere_else(copy, entries, fault):
+def test_weights_lie_in_the_weight_file_and_nowhere_else(copy, make_fit, entries, fault):
     edit_weights(copy / "model.onnx", **entries)
+    make_fit(copy / "model.onnx")
     with pytest.raises(DamagedBundleError, match=re.escape(fault)):
         Bundle.open(copy)
 
 
-def test_weights_of_a_branch_are_looked_at_too(copy):
+def test_weights_of_a_branch_are_looked_at_too(copy, make_fit):
     """What an attribute's graph or tensor names is read by ONNX Runtime like any other."""
     path = copy / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -108,19 +123,30 @@ def test_weights_of_a_branch_are_looked_at_too(copy):
     node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
     model.graph.node.append(node)
     onnx.save(model, path)
+    make_fit(path)
     with pytest.raises(DamagedBundleError, match=r"'secret'.*hostname"):
         Bundle.open(copy)
     assert [t.location for t in read_onnx_file(path).external].count("/etc/hostname") == 2
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
-def test_verifying_finds_a_flipped_bit_that_sizes_do_not_show(copy, name):
-    path = copy / name
+def flip_bit(path, at):
     data = bytearray(path.read_bytes())
-    # In the graph, and in no length
-    at = data.index(b"TensorScatter") if name == "model.onnx" else len(data) // 2
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def test_another_graph_is_found_without_being_asked(copy):
+    """Its hash is known anyway, and ONNX Runtime need not bear what no exporter wrote."""
+    path = copy / "model.onnx"
+    # In the graph, and in no length
+    flip_bit(path, path.read_bytes().index(b"TensorScatter"))
+    with pytest.raises(DamagedBundleError, match=r"graph of .* \(its hash differs\)"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json"])
+def test_verifying_finds_a_flipped_bit_that_sizes_do_not_show(copy, name):
+    flip_bit(copy / name, (copy / name).stat().st_size // 2)
     Bundle.open(copy)
     with pytest.raises(DamagedBundleError, match="its hash differs"):
         Bundle.open(copy, verify=True)

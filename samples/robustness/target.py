@@ -1,0 +1,89 @@
+"""A directory that a case may spoil, and how its manifest is made to fit again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import onnx
+
+from echoatt_runtime.bundle import file_sha256, read_onnx_file
+from echoatt_runtime.contract import METADATA_KEY
+from echoatt_runtime.errors import BundleError
+
+MODEL: Final = "model.onnx"
+SECRET: Final = "OUTSIDE-SECRET"  # noqa: S105  what must never be seen
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a case happens.
+
+    Attributes:
+        folder: A copy of a good directory, which is changed.
+        other: A good directory of another model, which is not.
+        outside: A directory beside the first that nobody may read from.
+    """
+
+    folder: Path
+    other: Path
+    outside: Path
+
+    def files(self) -> list[Path]:
+        """The plain files that there are, by name."""
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+    def some_file(self, random: Random) -> Path:
+        """One of the files; the ones that matter most, most often."""
+        files = self.files()
+        weights = [3 if path.suffix in (".onnx", ".safetensors") else 1 for path in files]
+        return random.choices(files, weights)[0]
+
+
+Mutation = Callable[[Random, Target], str]
+"""Changes a target's directory; gives a few words on what it did."""
+
+
+def read_manifest_text(folder: Path) -> str:
+    """The manifest of a bundle, as it stands in the model file."""
+    return read_onnx_file(folder / MODEL).metadata[METADATA_KEY]
+
+
+def write_manifest_text(folder: Path, *texts: str) -> None:
+    """Put manifests in the place of a bundle's own: one, none or several."""
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    del model.metadata_props[:]
+    for text in texts:
+        # Text that is no Unicode cannot be in the file
+        model.metadata_props.add(key=METADATA_KEY, value=text.encode("utf-8", "replace").decode())
+    (folder / MODEL).write_bytes(model.SerializeToString())
+
+
+def make_fit(folder: Path) -> None:
+    """Let a bundle's manifest say the sizes and hashes that its files have now.
+
+    It is what somebody does who plants a fault on purpose. What cannot be read stays as it is.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(read_manifest_text(folder))
+        manifest["graph_sha256"] = _graph_sha256(folder / MODEL)
+        for file in manifest["files"]:
+            path = folder / file["name"]
+            if path.is_file():
+                file["bytes"] = path.stat().st_size
+                # A sparse file of gigabytes would take its time
+                file["sha256"] = file_sha256(path) if file["bytes"] < 1 << 26 else "0" * 64
+        write_manifest_text(folder, json.dumps(manifest))
+    except (BundleError, KeyError, ValueError, TypeError, OSError):
+        return
+
+
+def _graph_sha256(path: Path) -> str:
+    """The hash of the graph's bytes as they will be written."""
+    model = onnx.load(path, load_external_data=False)
+    return hashlib.sha256(model.graph.SerializeToString()).hexdigest()
