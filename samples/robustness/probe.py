@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from echoatt_exporter import load_shared
-from echoatt_exporter.bundle.write import copy_checkpoint_files
+from echoatt_exporter.bundle import copy_checkpoint_files
 from echoatt_exporter.share.checkpoint import checkpoint_digest
 from echoatt_runtime import EchoModel, SamplingParams
 
