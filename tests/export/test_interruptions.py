@@ -206,10 +206,10 @@ def test_a_publication_waits_for_another_one(unshared_bundle: Path, out: Path) -
     lock = Lock.take(lock_file)
     assert lock is not None
     child = Child(lambda: rewrite_bundle(unshared_bundle, out, NEW, force=True))
-    staged: list[Path] = []
-    while not staged:
+    end = time.monotonic() + 60
+    while not list(out.parent.glob(".echoatt-*/bundle/out.onnx.data")):
+        assert time.monotonic() < end
         time.sleep(0.02)
-        staged = list(out.parent.glob(".echoatt-*/bundle/out.onnx.data"))
     time.sleep(1)
     assert _sources(out) == SOURCES[OLD]
     lock_file.unlink()
