@@ -81,7 +81,7 @@ def write_bundle(
         bare = staged.model.stat().st_size
         _stamp(staged.model, bare, manifest)
         check_file(staged.model, _checking_device(specification))
-        verification = verify(Bundle.open(staged.model, verify=True))
+        verification = verify(Bundle.open(staged.model))
         manifest = dataclasses.replace(manifest, verification=verification)
         _stamp(staged.model, bare, manifest)
         publish(stage, out, force=force)

@@ -8,7 +8,7 @@ from pathlib import Path
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.cache import HostMemory, Memory
 from echoatt_runtime.contract import DEVICES, Specification
-from echoatt_runtime.errors import DeviceError
+from echoatt_runtime.errors import DamagedBundleError, DeviceError
 from echoatt_runtime.executor.cuda_memory import CudaMemory
 from echoatt_runtime.executor.executor import Executor
 from echoatt_runtime.huge_pages import merge_pages_since, private_memory
@@ -45,7 +45,10 @@ def open_executor(
     _check_device(bundle, device, foreign=foreign)
     before = private_memory() if device == "cpu" else None
     options = SessionOptions(device=device, threads=threads, profile=profile)
+    files = _identity(bundle)
     session = open_session(bundle.model, options)
+    if _identity(bundle) != files:
+        raise DamagedBundleError(f"{bundle.model} was replaced while it was opened; open it again")
     if before is not None:
         merge_pages_since(before)
     return executor_of(session, bundle.specification)
@@ -67,6 +70,17 @@ def executor_of(
     """
     memory: Memory = HostMemory(0) if session.device == "cpu" else CudaMemory(0)
     return Executor(session, specification, memory, extra_outputs)
+
+
+def _identity(bundle: Bundle) -> list[tuple[int, int, int]]:
+    """What tells the files that ONNX Runtime reads from others of the same names."""
+    try:
+        found = [path.stat() for path in (bundle.model, bundle.weights)]
+    except OSError as error:
+        raise DamagedBundleError(
+            f"{bundle.model} was taken away while it was opened; open it again"
+        ) from error
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _check_device(bundle: Bundle, device: str, *, foreign: bool) -> None:

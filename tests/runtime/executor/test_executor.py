@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import onnx
 import pytest
 
 from echoatt_runtime import ContextOverflowError, DamagedBundleError, DeviceError, OptionError
+from echoatt_runtime.executor import open as opening
 from echoatt_runtime.executor import open_executor, run_texts, slots_of
 from echoatt_runtime.ort import PROVIDERS, has_cuda
 
@@ -267,3 +269,18 @@ def test_cuda_is_never_replaced_by_the_cpu(make_bundle, make_specification):
 def test_threads_out_of_range(bundle, threads):
     with pytest.raises(OptionError, match=f"threads is {threads}"):
         open_executor(bundle, threads=threads)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_refused(bundle, tmp_path, monkeypatch):
+    """Weights of the same size, put there when the files have been checked already."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    open_session = opening.open_session
+
+    def replace_first(model, options):
+        shutil.copyfile(copy / "model.onnx.data", tmp_path / "other")
+        (tmp_path / "other").replace(copy / "model.onnx.data")
+        return open_session(model, options)
+
+    monkeypatch.setattr(opening, "open_session", replace_first)
+    with pytest.raises(DamagedBundleError, match="was replaced while it was opened"):
+        open_executor(copy)
