@@ -76,10 +76,13 @@ class Bundle:
     Attributes:
         model: The model file.
         manifest: What it says of itself.
+        identity: What told its model and weight file from others of the same names when they were
+            checked.
     """
 
     model: Path
     manifest: Manifest
+    identity: tuple[tuple[int, int, int], ...]
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
@@ -101,9 +104,10 @@ class Bundle:
         """
         model = find_model(path)
         _refuse_link(model, model.lstat())
+        first = _identity(model)
         onnx = read_onnx_file(model)
         manifest = Manifest.from_metadata(onnx.metadata, str(model))
-        bundle = cls(model, manifest)
+        bundle = cls(model, manifest, first + _identity(model.with_name(manifest.weights.name)))
         bundle._check_graph(onnx)
         for file in manifest.files:
             bundle._check(file)
@@ -135,6 +139,10 @@ class Bundle:
             if file.name == name and (file.bytes is not None or path.is_file()):
                 return path
         return None
+
+    def is_unchanged(self) -> bool:
+        """Whether model and weight file are still those that were checked."""
+        return _identity(self.model, self.weights) == self.identity
 
     def _check(self, file: BundleFile) -> None:
         path = self.model.with_name(file.name)
@@ -187,6 +195,18 @@ class Bundle:
                     f"{path} is not the file that was exported (its hash differs); "
                     "copy or export it again"
                 )
+
+
+def _identity(*paths: Path) -> tuple[tuple[int, int, int], ...]:
+    """Node, size and time of change of each file; zeros for one that is not there."""
+    found = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append((0, 0, 0))
+    return tuple(found)
 
 
 def file_sha256(path: Path) -> str:

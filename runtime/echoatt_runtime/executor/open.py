@@ -45,9 +45,8 @@ def open_executor(
     _check_device(bundle, device, foreign=foreign)
     before = private_memory() if device == "cpu" else None
     options = SessionOptions(device=device, threads=threads, profile=profile)
-    files = _identity(bundle)
     session = open_session(bundle.model, options)
-    if _identity(bundle) != files:
+    if not bundle.is_unchanged():
         raise DamagedBundleError(f"{bundle.model} was replaced while it was opened; open it again")
     if before is not None:
         merge_pages_since(before)
@@ -70,17 +69,6 @@ def executor_of(
     """
     memory: Memory = HostMemory(0) if session.device == "cpu" else CudaMemory(0)
     return Executor(session, specification, memory, extra_outputs)
-
-
-def _identity(bundle: Bundle) -> list[tuple[int, int, int]]:
-    """What tells the files that ONNX Runtime reads from others of the same names."""
-    try:
-        found = [path.stat() for path in (bundle.model, bundle.weights)]
-    except OSError as error:
-        raise DamagedBundleError(
-            f"{bundle.model} was taken away while it was opened; open it again"
-        ) from error
-    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _check_device(bundle: Bundle, device: str, *, foreign: bool) -> None:
