@@ -183,6 +183,10 @@ def test_roles_agree_with_the_family(tiny_model, evaluate, family):
         expected.setdefault(module, []).append(part(columns, (kind, 0)))
     if family == "gpt_neox":
         expected = {modules[0]: [part(size, (kind, 0)) for kind in kinds] * heads}
+        config = student.config.get_text_config()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        expected |= {"dense": [part(hidden, (Kind.OUTPUT, 0))]}
+        expected |= {"dense_h_to_4h": [part(inner, (Kind.FEED_FORWARD, None))]}
     if family == "qwen3":
         expected |= {"q_norm": [part(size, (Kind.QUERIES, 0))]}
         expected |= {"k_norm": [part(size, (Kind.KEYS, 0))]}

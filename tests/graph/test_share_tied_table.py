@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from echoatt_exporter.graph.lowering.share_tied_table import ShareTiedTable
+from echoatt_exporter.graph.roles import Kind, Part, Use, role_of, set_role
 
 V, E = 11, 4
 TABLE = np.random.default_rng(0).standard_normal((V, E)).astype(np.float32)
@@ -43,7 +44,11 @@ def _run(model: ir.Model) -> np.ndarray:
 def test_tied_head_reads_the_table_and_gives_the_same_logits() -> None:
     model = _model(np.ascontiguousarray(TABLE.T))
     before = _run(model)
+    for name, kind in (("table", Kind.EMBEDDING), ("head", Kind.HEAD)):
+        set_role(model.graph.initializers[name], [Part(frozenset({Use(kind)}), V)])
     assert ShareTiedTable()(model).modified
+    both = frozenset({Use(Kind.EMBEDDING), Use(Kind.HEAD)})
+    assert role_of(model.graph.initializers["table"]) == (Part(both, V),)
     assert [node.op_type for node in model.graph].count("MatMul") == 0
     gemm = next(node for node in model.graph if node.op_type == "Gemm")
     assert gemm.inputs[1] is model.graph.initializers["table"]
