@@ -23,8 +23,10 @@ from typing import Any, Final
 import torch
 from samples.evidence.common import publish, table
 from samples.robustness.cases import FAMILIES, Case
-from samples.robustness.goods import Goods, find_goods, make_goods
+from samples.robustness.goods import make_goods
 from samples.robustness.judge import WORKS, Verdict, judge_all
+from samples.robustness.probe import use
+from samples.robustness.target import Goods, find_goods
 
 PACKAGES: Final = ("onnxruntime", "onnx", "torch", "transformers", "tokenizers", "safetensors")
 _SLOWEST: Final = 5
@@ -54,7 +56,9 @@ def main() -> int:
         cases = [case for case in cases if (options.family or "") in f"{case.kind} {case.family}"]
         start = time.monotonic()
         verdicts = []
-        for verdict in judge_all(cases, goods, work, options.workers, keep=bool(options.keep)):
+        for verdict in judge_all(
+            cases, goods, use, work, workers=options.workers, keep=bool(options.keep)
+        ):
             verdicts.append(verdict)
             if verdict.faults or options.case is not None:
                 print(_line(verdict), flush=True)

@@ -8,7 +8,7 @@ import pytest
 
 from echoatt_runtime import ContextOverflowError, DamagedBundleError, DeviceError, OptionError
 from echoatt_runtime.executor import open_executor, run_texts, slots_of
-from echoatt_runtime.ort import PROVIDERS, has_cuda
+from echoatt_runtime.ort import PROVIDERS, SessionOptions, has_cuda, open_session
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 40)
 
@@ -267,3 +267,10 @@ def test_cuda_is_never_replaced_by_the_cpu(make_bundle, make_specification):
 def test_threads_out_of_range(bundle, threads):
     with pytest.raises(OptionError, match=f"threads is {threads}"):
         open_executor(bundle, threads=threads)
+
+
+def test_a_name_that_is_no_text_is_the_models_fault(bundle):
+    data = (bundle / "model.onnx").read_bytes().replace(b"logits_indices", b"logits_indice\xff")
+    options = SessionOptions(weights_folder=bundle)
+    with pytest.raises(DamagedBundleError, match=r"refuses the model .*decode"):
+        open_session(data, options)
