@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from samples.robustness.target import Goods
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from echoatt_exporter import export_bundle, load_shared, save_student
@@ -29,18 +28,23 @@ _COMMON: Final[dict[str, Any]] = {
 }
 
 
-def make_goods(folder: Path) -> Goods:
-    """Make them in an empty folder."""
+def make_shared(folder: Path) -> None:
+    """Make a teacher, its student, and the student's bundle in fp32."""
     teacher = _checkpoint(folder / "teacher", "llama", hidden_size=32, intermediate_size=40)
+    save_student(load_shared(teacher, PLAN), folder / "student", teacher)
+    export_bundle(folder / "student", folder / "fp32", verify=False)
+
+
+def make_unshared(folder: Path) -> None:
+    """Make a teacher of another family in shards, and its bundle in int4."""
     shards = _checkpoint(
         folder / "shards", "qwen2", shard="100KB", hidden_size=64, intermediate_size=64
     )
-    student = folder / "student"
-    save_student(load_shared(teacher, PLAN), student, teacher)
-    bundles = {"fp32": folder / "fp32", "int4": folder / "int4"}
-    export_bundle(student, bundles["fp32"], verify=False)
-    export_bundle(shards, bundles["int4"], dtype="int4", verify=False)
-    return Goods(bundles, {"teacher": teacher, "shards": shards, "student": student})
+    export_bundle(shards, folder / "int4", dtype="int4", verify=False)
+
+
+# Each may be made by a process of its own
+PARTS: Final = (make_shared, make_unshared)
 
 
 def _checkpoint(path: Path, family: str, shard: str = "1GB", **fields: Any) -> Path:

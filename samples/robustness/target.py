@@ -49,7 +49,7 @@ class Goods:
 
 
 def find_goods(folder: Path) -> Goods:
-    """What `make_goods` made in a folder."""
+    """What `samples.robustness.goods` made in a folder."""
     return Goods(
         {name: folder / name for name in ("fp32", "int4")},
         {name: folder / name for name in ("teacher", "shards", "student")},

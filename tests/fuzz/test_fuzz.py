@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +23,15 @@ def test_every_case_ends_well_or_in_a_typed_error_of_one_line(tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    cases = json.loads((tmp_path / "fuzz.json").read_text())["cases"]
-    assert [case["number"] for case in cases] == list(range(CASES))
-    outcomes = {case["outcome"] for case in cases}
+    found = json.loads((tmp_path / "fuzz.json").read_text())
+    assert (found["cases"], found["faults"]) == (CASES, {})
+    outcomes: Counter[str] = Counter()
+    for counts in found["families"].values():
+        outcomes.update(counts)
+    assert outcomes.total() == CASES
     # Not all are refused at the door, and not for the same reason
-    assert outcomes >= {"works", "DamagedBundleError", "CheckpointError", "ChatTemplateError"}
+    assert outcomes["works"] > CASES // 10
+    assert set(outcomes) >= {"DamagedBundleError", "CheckpointError", "ChatTemplateError"}
     page = (tmp_path / "fuzz.md").read_text()
     assert "| all | 300 |" in page
     assert str(ROOT) not in page
