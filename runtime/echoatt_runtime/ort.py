@@ -215,13 +215,14 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
             providers=providers,
             enable_fallback=0,
         )
+        opened = OrtSession(session, options.device, where, kept)
     if provider not in session.get_providers():
         raise DeviceError(
             f"{provider} did not load, and {options.device!r} is not replaced by the CPU; "
             "see that the GPU, its driver and the CUDA and cuDNN libraries fit onnxruntime-gpu "
             f"{ort.__version__}"
         )
-    return OrtSession(session, options.device, where, kept)
+    return opened
 
 
 def _settings(ort: ModuleType, options: SessionOptions) -> tuple[Any, list[Any]]:
@@ -352,7 +353,11 @@ class Binding:
 def _loading(ort: ModuleType, where: str, device: str) -> Iterator[None]:
     """Turn what making a session raises into an error of ours."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    model_faults = tuple(getattr(state, name) for name in _MODEL_FAULTS)
+    # A name in the graph that is no text is only found when it is asked for
+    model_faults: tuple[type[Exception], ...] = (
+        UnicodeDecodeError,
+        *(getattr(state, name) for name in _MODEL_FAULTS),
+    )
     machine_faults = tuple(getattr(state, name) for name in _MACHINE_FAULTS)
     try:
         yield

@@ -9,8 +9,7 @@ from random import Random
 from typing import Final, Literal
 
 from samples.robustness import checkpoints, companions, damage, graphs, manifests
-from samples.robustness.goods import Goods
-from samples.robustness.target import Mutation, Target
+from samples.robustness.target import Goods, Mutation, Target
 
 Kind = Literal["bundle", "checkpoint"]
 

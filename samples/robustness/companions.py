@@ -7,7 +7,14 @@ from random import Random
 from typing import Any, Final
 
 from samples.robustness.json_values import spoil, to_text
-from samples.robustness.target import SECRET, Target, make_fit
+from samples.robustness.target import (
+    MODEL,
+    SECRET,
+    Target,
+    make_fit,
+    read_manifest_text,
+    write_manifest_text,
+)
 
 _TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 TEMPLATES: Final[dict[str, str]] = {
@@ -106,9 +113,7 @@ def template(random: Random, target: Target) -> str:
 
 
 def _forget(target: Target, name: str) -> None:
-    from samples.robustness.target import read_manifest_text, write_manifest_text
-
-    if (target.folder / "model.onnx").exists():
+    if (target.folder / MODEL).exists():
         manifest = json.loads(read_manifest_text(target.folder))
         manifest["files"] = [file for file in manifest["files"] if file["name"] != name]
         write_manifest_text(target.folder, json.dumps(manifest))

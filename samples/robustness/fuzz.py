@@ -15,16 +15,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from samples.evidence.common import publish, table
 from samples.robustness.cases import FAMILIES, Case
-from samples.robustness.goods import Goods, find_goods, make_goods
+from samples.robustness.goods import PARTS
 from samples.robustness.judge import WORKS, Verdict, judge_all
+from samples.robustness.probe import use
+from samples.robustness.target import Goods, find_goods
 
 PACKAGES: Final = ("onnxruntime", "onnx", "torch", "transformers", "tokenizers", "safetensors")
 _SLOWEST: Final = 5
@@ -54,7 +55,9 @@ def main() -> int:
         cases = [case for case in cases if (options.family or "") in f"{case.kind} {case.family}"]
         start = time.monotonic()
         verdicts = []
-        for verdict in judge_all(cases, goods, work, options.workers, keep=bool(options.keep)):
+        for verdict in judge_all(
+            cases, goods, use, work, workers=options.workers, keep=bool(options.keep)
+        ):
             verdicts.append(verdict)
             if verdict.faults or options.case is not None:
                 print(_line(verdict), flush=True)
@@ -62,8 +65,8 @@ def main() -> int:
     found = sum(bool(verdict.faults) for verdict in verdicts)
     if options.case is None and not options.family:
         verdicts.sort(key=lambda verdict: verdict.case.number)
-        data = {"seconds": round(seconds, 1), "cases": [_data(verdict) for verdict in verdicts]}
-        publish(options.results, "fuzz", data, _page(verdicts, seconds, options), PACKAGES)
+        page = _page(verdicts, seconds, options)
+        publish(options.results, "fuzz", _data(verdicts), page, PACKAGES)
     print(f"{len(verdicts)} cases, {found} with faults, {seconds:.0f} s")
     return 1 if found else 0
 
@@ -72,15 +75,24 @@ def _goods(folder: Path) -> Goods:
     if folder.is_dir() and any(folder.iterdir()):
         return find_goods(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # In a process of its own: what runs operators starts threads, and those do not outlive a fork
-    if (child := os.fork()) == 0:
-        try:
-            make_goods(folder)
-        finally:
-            sys.stdout.flush()
-            os._exit(0)
-    os.waitpid(child, 0)
+    # In processes of their own: what runs operators starts threads, which do not outlive a fork
+    children = [_fork(part, folder) for part in PARTS]
+    for child in children:
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit("what is to be spoilt could not be made")
     return find_goods(folder)
+
+
+def _fork(make: Callable[[Path], None], folder: Path) -> int:
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        make(folder)
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _line(verdict: Verdict) -> str:
@@ -92,36 +104,33 @@ def _line(verdict: Verdict) -> str:
     )
 
 
-def _data(verdict: Verdict) -> dict[str, Any]:
-    data = asdict(verdict)
-    data |= data.pop("case")
-    # It has the paths of this machine
-    del data["message"], data["seed"]
-    return data | {"seconds": round(verdict.seconds, 2)}
+def _data(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Outcomes by family, for a program to read. A case is made again from seed and number."""
+    families: dict[str, Counter[str]] = {}
+    for verdict in verdicts:
+        families.setdefault(_name(verdict), Counter())[verdict.outcome] += 1
+    found = {verdict.case.number: verdict.faults for verdict in verdicts if verdict.faults}
+    return {"cases": len(verdicts), "families": families, "faults": found}
+
+
+def _name(verdict: Verdict) -> str:
+    return f"{verdict.case.kind}: {verdict.case.family}"
 
 
 def _page(verdicts: Sequence[Verdict], seconds: float, options: argparse.Namespace) -> str:
-    rows = []
-    for kind, families in FAMILIES.items():
-        for family in families:
-            own = [v for v in verdicts if (v.case.kind, v.case.family) == (kind, family)]
-            if own:
-                rows.append(_row(f"{kind}: {family}", own))
-    rows.append(_row("all", verdicts))
-    header = ("family", "cases", "works", "refused", "faults", "slowest, s", "most memory, MB")
-    errors = Counter(v.outcome for v in verdicts if v.outcome != WORKS)
+    names = [f"{kind}: {family}" for kind, families in FAMILIES.items() for family in families]
+    rows = [_row(name, own) for name in names if (own := [v for v in verdicts if _name(v) == name])]
+    header = ("family", "cases", "work", "faults", "most s", "most MB", "ended in")
     slowest = sorted(verdicts, key=lambda v: -v.seconds)[:_SLOWEST]
     return "\n".join(
         (
             f"{len(verdicts):,} cases of seed {options.seed} in {seconds:,.0f} s, {options.workers}"
-            " at a time. *Works*: loaded, ran and gave what it was asked for; *refused*: a typed"
-            " error of one line. Memory is what a case took beyond what every case has.",
+            " at a time. *Work*: loaded, ran and gave what it was asked for; the others ended in an"
+            " error, of which the first of a case counts. *Faults*: what must not be, such as an"
+            " error of no type of ours. *Most s* is time on the wall, beside other work, and *most"
+            " MB* memory beyond what every case has.",
             "",
-            table(header, rows),
-            "",
-            "How the refused ones ended: "
-            + ", ".join(f"{name} {count:,}" for name, count in errors.most_common())
-            + ".",
+            table(header, [*rows, _row("all", verdicts)]),
             "",
             "The slowest: "
             + "; ".join(
@@ -147,16 +156,16 @@ def _short(done: str) -> str:
 
 
 def _row(name: str, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
-    works = sum(v.outcome == WORKS for v in verdicts)
-    faults = sum(bool(v.faults) for v in verdicts)
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    works = outcomes.pop(WORKS, 0)
     return (
         name,
         f"{len(verdicts):,}",
         f"{works:,}",
-        f"{sum(v.outcome != WORKS and not v.faults for v in verdicts):,}",
-        f"{faults:,}",
-        f"{max(v.seconds for v in verdicts):.1f}",
-        f"{max(v.peak_bytes for v in verdicts) / 1e6:,.0f}",
+        f"{sum(bool(verdict.faults) for verdict in verdicts):,}",
+        f"{max(verdict.seconds for verdict in verdicts):.1f}",
+        f"{max(verdict.peak_bytes for verdict in verdicts) / 1e6:,.0f}",
+        ", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.most_common()),
     )
 
 

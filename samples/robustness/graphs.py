@@ -358,7 +358,7 @@ def _deep(_: int) -> list[Any]:
         [],
         [helper.make_tensor_value_info("deep0", TensorProto.INT64, [])],
     )
-    for level in range(1, 60):
+    for level in range(1, 30):
         node = helper.make_node(
             "If", ["absurd_yes"], [f"deep{level}"], then_branch=inner, else_branch=inner
         )

@@ -11,25 +11,38 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from samples.robustness import probe
 from samples.robustness.cases import Case
 from samples.robustness.confine import Watch, bound, watch_python
-from samples.robustness.goods import Goods
-from samples.robustness.target import SECRET, Target
+from samples.robustness.target import SECRET, Goods, Target
 
 from echoatt_runtime.errors import EchoAttError
 
-MEMORY: Final = 1 << 30
-PROCESSOR_SECONDS: Final = 20
-# Somebody else may be at work on the machine
-WALL_SECONDS: Final = 90
 LONGEST_MESSAGE: Final = 3000
 WORKS: Final = "works"
+
+Step = tuple[str, Callable[[], object]]
+# What is to be done with a case, step by step; what comes after a step may depend on how it ended
+Use = Callable[[Case, Target], Iterator[Step]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a case may take.
+
+    Attributes:
+        memory: Bytes beyond what every case has.
+        processor_seconds: Of its process.
+        wall_seconds: More than the above: somebody else may be at work on the machine.
+    """
+
+    memory: int = 1 << 30
+    processor_seconds: int = 20
+    wall_seconds: int = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,14 @@ class Verdict:
 
 
 def judge_all(
-    cases: Iterable[Case], goods: Goods, work: Path, workers: int, *, keep: bool = False
+    cases: Iterable[Case],
+    goods: Goods,
+    use: Use,
+    work: Path,
+    *,
+    workers: int = 1,
+    limits: Limits | None = None,
+    keep: bool = False,
 ) -> Iterator[Verdict]:
     """Run cases, some at the same time; gives verdicts as they come.
 
@@ -65,15 +85,18 @@ def judge_all(
     Args:
         cases: What to run.
         goods: What is spoilt.
-        work: An empty directory.
+        use: What is done with it, in the case's own process.
+        work: A directory for them.
         workers: Processes at the same time.
+        limits: What each may take.
         keep: Leave the spoilt directories there.
     """
     waiting = iter(cases)
     running: dict[int, _Child] = {}
     while True:
         while len(running) < workers and (case := next(waiting, None)) is not None:
-            child = _Child(case, goods, work / f"{case.seed}-{case.number}")
+            place = work / f"{case.seed}-{case.number}"
+            child = _Child(case, goods, use, place, limits or Limits())
             running[child.pipe] = child
         if not running:
             return
@@ -91,9 +114,10 @@ def judge_all(
 class _Child:
     """The process of one case."""
 
-    def __init__(self, case: Case, goods: Goods, place: Path) -> None:
+    def __init__(self, case: Case, goods: Goods, use: Use, place: Path, limits: Limits) -> None:
         self.case = case
-        self.deadline = time.monotonic() + WALL_SECONDS
+        self.deadline = time.monotonic() + limits.wall_seconds
+        self._limits = limits
         self._start = time.monotonic()
         self._place = place
         self._data = b""
@@ -103,7 +127,7 @@ class _Child:
         self._process = os.fork()
         if self._process == 0:
             os.close(self.pipe)
-            _run_child(case, goods, place, end)
+            _run_child(case, goods, use, place, limits, end)
         os.close(end)
 
     def read(self, *, is_late: bool) -> bool:
@@ -127,11 +151,15 @@ class _Child:
         faults = list(told.get("faults", ()))
         outcome = told.get("outcome", "nothing")
         if self._is_late:
-            faults.append(f"took more than {WALL_SECONDS} s")
+            faults.append(f"took more than {self._limits.wall_seconds} s")
         elif os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
             is_slow = name in ("SIGXCPU", "SIGKILL")
-            faults.append(f"took more than {PROCESSOR_SECONDS} s" if is_slow else f"died of {name}")
+            faults.append(
+                f"took more than {self._limits.processor_seconds} s"
+                if is_slow
+                else f"died of {name}"
+            )
         elif os.WEXITSTATUS(status):
             faults.append(f"ended with code {os.WEXITSTATUS(status)}")
         if "outcome" not in told:
@@ -149,7 +177,7 @@ class _Child:
         )
 
 
-def _run_child(case: Case, goods: Goods, place: Path, pipe: int) -> None:
+def _run_child(case: Case, goods: Goods, use: Use, place: Path, limits: Limits, pipe: int) -> None:
     """Make a case, use it and tell; does not return."""
 
     def tell(**what: Any) -> None:
@@ -163,7 +191,7 @@ def _run_child(case: Case, goods: Goods, place: Path, pipe: int) -> None:
         target, done = case.make(goods, place)
         tell(done=done, before=_resident())
         os.chdir(place)
-        tell(**_use(case, target, tell))
+        tell(**_judge(case, target, use(case, target), limits, tell))
         code = 0
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
@@ -174,22 +202,17 @@ def _run_child(case: Case, goods: Goods, place: Path, pipe: int) -> None:
         os._exit(code)
 
 
-def _use(case: Case, target: Target, tell: Any) -> dict[str, Any]:
+def _judge(
+    case: Case, target: Target, steps: Iterator[Step], limits: Limits, tell: Any
+) -> dict[str, Any]:
     """Do with a spoilt directory what users do; gives the first error, and what must not be."""
-    stage = target.folder.parent / "stage"
     # Where a bundle is, a link leads nowhere. A downloaded checkpoint often consists of links.
     is_bundle = case.kind == "bundle"
     watch = Watch(target.outside)
-    opened = watch_python((target.folder, stage), follow=is_bundle)
-    bound(MEMORY, PROCESSOR_SECONDS)
+    opened = watch_python((target.folder, target.stage), follow=is_bundle)
+    bound(limits.memory, limits.processor_seconds)
     faults: list[str] = []
     outcome, message = WORKS, ""
-    # Every third bundle is verified, which must change nothing but how soon a fault is found
-    steps = (
-        probe.use_bundle(target.folder, verify=case.number % 3 == 0)
-        if is_bundle
-        else probe.use_checkpoint(target.folder, stage)
-    )
     for name, step in steps:
         tell(step=name)
         try:

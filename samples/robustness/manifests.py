@@ -6,11 +6,11 @@ import json
 from random import Random
 from typing import Any
 
-from samples.robustness.goods import format_2
 from samples.robustness.json_values import WEIRD, shown, spoil, to_text
 from samples.robustness.target import (
     MODEL,
     Target,
+    format_2,
     read_manifest_text,
     write_manifest_text,
 )

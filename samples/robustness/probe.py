@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from samples.robustness.cases import Case
+from samples.robustness.judge import Step
+from samples.robustness.target import Target
 
 from echoatt_exporter import load_shared
 from echoatt_exporter.bundle import copy_checkpoint_files
@@ -16,10 +19,16 @@ _CHAT = [{"role": "user", "content": "Holmes, a b c?"}]
 _TEXT = "My dear Watson, aaaa aaaa, said Holmes"
 _TOKENS = [5, 6, 7, 8]
 
-Step = tuple[str, Callable[[], object]]
+
+def use(case: Case, target: Target) -> Iterator[Step]:
+    """Use a spoilt bundle or checkpoint."""
+    if case.kind == "checkpoint":
+        return _use_checkpoint(target.folder, target.stage)
+    # Every third bundle is verified, which must change nothing but how soon a fault is found
+    return _use_bundle(target.folder, verify=case.number % 3 == 0)
 
 
-def use_bundle(folder: Path, *, verify: bool) -> Iterator[Step]:
+def _use_bundle(folder: Path, *, verify: bool) -> Iterator[Step]:
     """Load a bundle, score tokens, generate, from a text and from a chat."""
     models: list[EchoModel] = []
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -35,7 +44,7 @@ def use_bundle(folder: Path, *, verify: bool) -> Iterator[Step]:
         yield "stream", lambda: list(model.stream(_CHAT, params))
 
 
-def use_checkpoint(folder: Path, stage: Path) -> Iterator[Step]:
+def _use_checkpoint(folder: Path, stage: Path) -> Iterator[Step]:
     """Load a checkpoint and run it, hash it, and copy what goes beside a bundle."""
     models: list[torch.nn.Module] = []
     stage.mkdir()

@@ -242,11 +242,19 @@ def test_directory_without_config_is_refused(teacher_dir: Path) -> None:
         (b"{}", 'no "model_type"'),
         (b'{"model_type": 7}', 'no "model_type"'),
         (b'{"model_type": "llama", "hidden_size": "wide"}', "not a valid llama config"),
+        (b"[" * 100_000, "not readable as JSON"),
     ],
 )
 def test_config_that_is_none_is_refused(text: bytes, part: str, teacher_dir: Path) -> None:
     (teacher_dir / "config.json").write_bytes(text)
     _refused(CheckpointError, teacher_dir, "config.json", part)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_texts_larger_than_any_are_refused_unread(name: str, teacher_dir: Path) -> None:
+    with (teacher_dir / name).open("ab") as file:
+        file.truncate(1 << 40)
+    _refused(CheckpointError, teacher_dir, f"{name}: has {1 << 40} bytes")
 
 
 @pytest.mark.parametrize("config", [BertConfig(), T5Config()], ids=["bert", "t5"])
@@ -336,6 +344,7 @@ def test_missing_shard_is_refused(teacher_dir: Path) -> None:
         (None, '"weight_map" must name a file'),
         ({"a": 1}, '"weight_map" must name a file'),
         ({"a": "../other.safetensors"}, "outside its directory: 1 (../other.safetensors)"),
+        ({"a": "x" * 5000}, "weight files that are missing: 1 (xxx"),
     ],
 )
 def test_bad_index_is_refused(weight_map: Any, part: str, teacher_dir: Path) -> None:

@@ -32,6 +32,9 @@ _LARGEST_COMPANION: Final = 256 << 20
 # Of weights that begin at a page of the largest kind
 _MOST_PADDING: Final = 64 << 10
 
+# A graph without them runs each of its nodes once, and so comes to an end
+_LOOPS: Final = frozenset(("Loop", "Scan", "SequenceMap"))
+
 _ELEMENT_BYTES: Final = {element.onnx: element.bytes for element in ELEMENT_TYPES.values()}
 
 
@@ -179,12 +182,17 @@ class Bundle:
                 )
 
     def _check_graph(self, onnx: OnnxFile) -> None:
-        """Check the graph's hash, which is there anyway: no other graph reaches ONNX Runtime."""
+        """Check that the graph is the exporter's, by the hash that is there anyway, and ends."""
         expected = self.manifest.graph_sha256
         if expected is not None and onnx.graph_sha256 != expected:
             raise DamagedBundleError(
                 f"the graph of {self.model} is not the one that was exported (its hash differs); "
                 "copy or export it again"
+            )
+        if loops := onnx.operators & _LOOPS:
+            raise DamagedBundleError(
+                f"the graph of {self.model} has loops ({', '.join(sorted(loops))}), which no"
+                " decoder of ours has; export it again"
             )
 
     def _verify(self) -> None:

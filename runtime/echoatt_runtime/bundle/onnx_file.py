@@ -20,6 +20,7 @@ from echoatt_runtime.errors import DamagedBundleError
 _MODEL_GRAPH: Final = 7
 _MODEL_METADATA: Final = 14
 _MODEL_FUNCTIONS: Final = 25
+_NODE_OPERATOR: Final = 4
 _ENTRY_KEY: Final = 1
 _ENTRY_VALUE: Final = 2
 _TENSOR_DIMS: Final = 1
@@ -82,11 +83,13 @@ class OnnxFile:
     Attributes:
         metadata: Its `metadata_props`.
         external: Every tensor in it whose elements are elsewhere.
+        operators: Names of the operators in it.
         graph_sha256: Hash of its graph's bytes.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
     external: tuple[ExternalTensor, ...] = ()
+    operators: frozenset[str] = frozenset()
     graph_sha256: str = ""
 
 
@@ -100,7 +103,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_onnx_file(path: Path) -> OnnxFile:
-    """Read metadata, external tensors and the graph's hash of the ONNX model at `path`.
+    """Read metadata, external tensors, operators and the graph's hash of the model at `path`.
 
     Raises:
         DamagedBundleError: The file is no ONNX model, or is cut short.
@@ -126,6 +129,7 @@ def _read(path: Path, *, whole: bool) -> OnnxFile:
 def _parse(data: mmap.mmap, *, whole: bool) -> OnnxFile:
     metadata: dict[str, str] = {}
     external: list[ExternalTensor] = []
+    operators: set[bytes] = set()
     digest = hashlib.sha256()
     graphs = 0
     for number, start, end in _fields(data, 0, len(data)):
@@ -138,19 +142,20 @@ def _parse(data: mmap.mmap, *, whole: bool) -> OnnxFile:
             graphs += 1
             if whole:
                 digest.update(data[start:end])
-                external += _external(data, "graph", start, end, 0)
+                external += _external(data, "graph", start, end, 0, operators)
         elif number == _MODEL_FUNCTIONS and whole:
-            external += _external(data, "function", start, end, 0)
+            external += _external(data, "function", start, end, 0, operators)
     # A second graph would be merged into the first, and hashed apart from it
     if graphs != 1:
         raise _WireError
-    return OnnxFile(metadata, tuple(external), digest.hexdigest())
+    names = frozenset(name.decode() for name in operators)
+    return OnnxFile(metadata, tuple(external), names, digest.hexdigest())
 
 
 def _external(
-    data: mmap.mmap, kind: str, start: int, end: int, depth: int
+    data: mmap.mmap, kind: str, start: int, end: int, depth: int, operators: set[bytes]
 ) -> Iterator[ExternalTensor]:
-    """Every external tensor below a message."""
+    """Every external tensor below a message; adds the operators of its nodes on the way."""
     if depth > _DEEPEST:
         raise _WireError
     if kind == "tensor":
@@ -159,7 +164,9 @@ def _external(
     inside = _PATHS[kind]
     for number, begin, stop in _fields(data, start, end):
         if number in inside:
-            yield from _external(data, inside[number], begin, stop, depth + 1)
+            yield from _external(data, inside[number], begin, stop, depth + 1, operators)
+        elif kind == "node" and number == _NODE_OPERATOR:
+            operators.add(data[begin:stop])
 
 
 def _tensor(data: mmap.mmap, start: int, end: int) -> Iterator[ExternalTensor]:

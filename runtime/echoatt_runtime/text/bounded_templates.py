@@ -22,8 +22,8 @@ _CHARACTERS: Final = 10_000_000
 # A template may do so much for each character of what it is given
 _TIMES: Final = 100
 _SECONDS: Final = 5.0
-# What a step of a loop costs at least
-_STEP: Final = 10
+# What a step of a loop, a call, a filter or an operator costs at least
+_STEP: Final = 100
 _LONGEST_SOURCE: Final = 1_000_000
 # What a number takes where it is written out
 _NUMBER: Final = 24
@@ -157,7 +157,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             )
 
     def _charged(self, value: Any) -> Any:
-        self._charge(len(value) if isinstance(value, str | bytes | list | tuple) else 1)
+        self._charge(_STEP + (len(value) if isinstance(value, str | bytes | list | tuple) else 0))
         return value
 
     def _charge(self, size: int) -> None:

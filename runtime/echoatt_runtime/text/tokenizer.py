@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import Decoder
+from tokenizers.normalizers import Normalizer
 
 from echoatt_runtime.errors import DamagedBundleError, EchoAttError, PromptError, one_line
 
@@ -26,6 +29,8 @@ _SPECIAL_TOKENS: Final = (
     "cls_token",
     "mask_token",
 )
+# What is replaced one for a few is normal; what is replaced again and again fills the memory
+_LARGEST_GROWTH: Final = 1000.0
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -84,6 +89,12 @@ class TextTokenizer:
             DamagedBundleError, f"{path} cannot be read", "copy it again from the checkpoint"
         ):
             tokenizer = Tokenizer.from_file(str(path))
+            growth = _growth(tokenizer.normalizer) * _growth(tokenizer.decoder)
+        if growth > _LARGEST_GROWTH:
+            raise DamagedBundleError(
+                f"{path} may make a text {growth:.0e} times as long; copy it again from the"
+                " checkpoint"
+            )
         # tokenizer.json alone says which tokens are added: transformers no longer heeds
         # `add_bos_token` in tokenizer_config.json. Padding and truncation are left from training.
         tokenizer.no_padding()
@@ -139,6 +150,21 @@ def _failing_as(error_type: type[EchoAttError], what: str, advice: str) -> Itera
     # tokenizers raises Exception itself, and where its Rust code panics no Exception at all
     except BaseException as error:
         raise error_type(f"{what} ({one_line(error)}); {advice}") from error
+
+
+def _growth(part: Normalizer | Decoder | None) -> float:
+    """How many times as long a tokenizer's part may make a text by what it replaces."""
+    return 1.0 if part is None else _growth_of_state(json.loads(part.__getstate__()))
+
+
+def _growth_of_state(state: dict[str, Any]) -> float:
+    steps = state.get("normalizers") or state.get("decoders") or ()
+    growth = math.prod(map(_growth_of_state, steps), start=1.0)
+    if state.get("type") == "Replace":
+        replaced = state["pattern"].get("String")
+        # An expression may find nothing, between any two characters
+        growth *= len(state["content"]) / len(replaced) if replaced else len(state["content"]) + 1
+    return max(growth, 1.0)
 
 
 def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:

@@ -87,6 +87,16 @@ def test_a_file_of_another_size(copy, name, change):
         Bundle.open(copy)
 
 
+def test_a_weight_file_is_no_longer_than_its_weights(copy, restamp):
+    """Else hashing it would read whatever somebody hung behind them, a terabyte of nothing too."""
+    os.truncate(copy / "model.onnx.data", 1 << 40)
+    manifest = json.loads(read_onnx_file(copy / "model.onnx").metadata[METADATA_KEY])
+    manifest["files"][0]["bytes"] = 1 << 40
+    restamp(copy / "model.onnx", json.dumps(manifest))
+    with pytest.raises(DamagedBundleError, match="the weights of the graph end at"):
+        Bundle.open(copy, verify=True)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_link_is_not_followed(copy, tmp_path, name):
     (copy / name).rename(tmp_path / "elsewhere")
@@ -141,6 +151,21 @@ def test_another_graph_is_found_without_being_asked(copy):
     # In the graph, and in no length
     flip_bit(path, path.read_bytes().index(b"TensorScatter"))
     with pytest.raises(DamagedBundleError, match=r"graph of .* \(its hash differs\)"):
+        Bundle.open(copy)
+
+
+def test_a_graph_that_might_run_for_ever_is_refused(copy, make_fit):
+    """In a branch too; what has no loops runs each node once."""
+    path = copy / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    body = onnx.helper.make_graph([], "body", [], [])
+    loop = onnx.helper.make_node("Loop", ["", ""], [], body=body)
+    branch = onnx.helper.make_graph([loop], "branch", [], [])
+    node = onnx.helper.make_node("If", ["x"], [], then_branch=branch, else_branch=branch)
+    model.graph.node.append(node)
+    onnx.save(model, path)
+    make_fit(path)
+    with pytest.raises(DamagedBundleError, match=r"has loops \(Loop\)"):
         Bundle.open(copy)
 
 

@@ -10,7 +10,7 @@ import pytest
 from echoatt_runtime import ContextOverflowError, DamagedBundleError, DeviceError, OptionError
 from echoatt_runtime.executor import open as opening
 from echoatt_runtime.executor import open_executor, run_texts, slots_of
-from echoatt_runtime.ort import PROVIDERS, has_cuda
+from echoatt_runtime.ort import PROVIDERS, SessionOptions, has_cuda, open_session
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 40)
 
@@ -284,3 +284,10 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_refused(bundle, tmp_pat
     monkeypatch.setattr(opening, "open_session", replace_first)
     with pytest.raises(DamagedBundleError, match="was replaced while it was opened"):
         open_executor(copy)
+
+
+def test_a_name_that_is_no_text_is_the_models_fault(bundle):
+    data = (bundle / "model.onnx").read_bytes().replace(b"logits_indices", b"logits_indice\xff")
+    options = SessionOptions(weights_folder=bundle)
+    with pytest.raises(DamagedBundleError, match=r"refuses the model .*decode"):
+        open_session(data, options)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from echoatt_runtime import DamagedBundleError
+from echoatt_runtime import DamagedBundleError, PromptError
 from echoatt_runtime.text.tokenizer import TextTokenizer
 
 TEXTS = ["Once upon a time", " lead", "</s>a <s>", "é ☃ 𝄞\n\n", "a  b\t", "世界"]
@@ -99,3 +99,33 @@ def test_files_that_cannot_be_read(directory, file, content, fault):
         (directory / file).write_text(content)
     with pytest.raises(DamagedBundleError, match=fault):
         TextTokenizer.from_directory(directory)
+
+
+def test_what_the_tokenizer_raises_is_typed(directory):
+    """Whatever type it has: tokenizers raises `Exception`, and less than that where Rust panics."""
+    path = directory / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    model = {"type": "WordLevel", "unk_token": "[GONE]", "vocab": {"a": 0}}
+    path.write_text(json.dumps(whole | {"model": model, "added_tokens": []}))
+    with pytest.raises(PromptError, match=r"refuses the text .*unk|UNK"):
+        TextTokenizer.from_directory(directory).encode("zebra")
+    decoder = {"type": "Strip", "content": "a", "start": 9, "stop": 9}
+    path.write_text(json.dumps(whole | {"decoder": decoder}))
+    tokenizer = TextTokenizer.from_directory(directory)
+    with pytest.raises(DamagedBundleError, match="cannot make text of tokens"):
+        tokenizer.decode(tokenizer.encode("aaa"))
+
+
+def test_a_tokenizer_whose_text_grows_without_end_is_refused(directory):
+    path = directory / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    anywhere = {"type": "Replace", "pattern": {"Regex": "|b"}, "content": "a" * 10}
+    nested = {"type": "Sequence", "normalizers": [grow] * 12}
+    for steps in ([grow] * 12, [anywhere] * 12, [nested]):
+        normalizer = {"type": "Sequence", "normalizers": steps}
+        path.write_text(json.dumps(whole | {"normalizer": normalizer}))
+        with pytest.raises(DamagedBundleError, match="times as long"):
+            TextTokenizer.from_directory(directory)
+    path.write_text(json.dumps(whole | {"normalizer": grow}))
+    assert len(TextTokenizer.from_directory(directory).encode("ab")) == 11
