@@ -39,7 +39,7 @@ def test_runs_have_their_own_kernels() -> None:
 
 
 def test_medians_over_runs_of_the_sums_by_operator() -> None:
-    assert summarise(list(runs_of(TRACE)), 64) == {
+    assert summarise(list(runs_of(TRACE)), {64}) == {
         "microseconds": 130,
         "outside": 79,  # of 45, 79 and 82
         "operators": [
@@ -51,7 +51,7 @@ def test_medians_over_runs_of_the_sums_by_operator() -> None:
 
 def test_operators_of_one_run_add_up_to_the_trace() -> None:
     (run, *_) = runs_of(TRACE)
-    summary = summarise([run], 64)
+    summary = summarise([run], {64})
     parts = sum(entry["microseconds"] for entry in summary["operators"])
     assert parts == sum(event["dur"] for event in run[1])
     assert parts + summary["outside"] == summary["microseconds"]
@@ -79,7 +79,7 @@ def test_products_are_told_apart(
         "parameter_size": str(parameters),
         "input_type_shape": [{"float": shape} for shape in shapes],
     }
-    assert operator_kind(arguments, 64) == kind
+    assert operator_kind(arguments, {64}) == kind
 
 
 def test_profile_of_a_bundle(

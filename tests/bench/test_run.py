@@ -134,7 +134,7 @@ def test_failing_bundle_ends_the_run(bundles: list[EngineSpec], tmp_path: Path) 
     (tmp_path / "model.onnx").write_bytes(bundles[0].path.read_bytes())
     (lost,) = bundle_engines([tmp_path])
     options = BenchOptions(contexts=(8,), threads=1)
-    with pytest.raises(EngineError, match=r"load failed: .* has lost its weight file"):
+    with pytest.raises(EngineError, match=r"load failed: .* has lost its file"):
         bench([lost], options, command="echoatt bench")
 
 
