@@ -22,7 +22,13 @@ from echoatt_exporter.bundle.write import (
 )
 from echoatt_exporter.errors import ExportError
 from echoatt_exporter.graph import PassReport, export_pipeline, run_pipeline
-from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
+from echoatt_exporter.parity import (
+    ParityReport,
+    ReferenceRun,
+    compare,
+    record_reference,
+    verified_context,
+)
 from echoatt_exporter.share.checkpoint import checkpoint_digest, is_student, load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import graph_dtype, trace_student
@@ -38,10 +44,6 @@ from echoatt_runtime.contract import (
     lay_out_caches,
 )
 from echoatt_runtime.errors import PlanError
-
-# Long enough for several prefill chunks and a grown cache; `echoatt parity` goes up to the model's
-# own limit.
-_VERIFIED_CONTEXT = 300
 
 OnStep = Callable[[str, int, int], None]
 
@@ -135,7 +137,10 @@ def export_bundle(
     if verify:
         on_step("reference", 0, 1)
         reference = record_reference(
-            student, specification, tokenizer_dir=source, max_context=_VERIFIED_CONTEXT
+            student,
+            specification,
+            tokenizer_dir=source,
+            max_context=verified_context(specification),
         )
     on_step("trace", 0, 1)
     model = trace_student(student, specification)
