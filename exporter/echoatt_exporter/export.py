@@ -27,7 +27,13 @@ from echoatt_exporter.bundle import (
 from echoatt_exporter.errors import CheckpointError, ExportError
 from echoatt_exporter.export_report import ExportReport, OnStep, ignore_step
 from echoatt_exporter.graph import export_pipeline, run_pipeline
-from echoatt_exporter.parity import ParityReport, ReferenceRun, compare, record_reference
+from echoatt_exporter.parity import (
+    ParityReport,
+    ReferenceRun,
+    compare,
+    record_reference,
+    verified_context,
+)
 from echoatt_exporter.share.checkpoint import CheckpointOutline, load_shared, read_outline
 from echoatt_exporter.share.unfit_checkpoints import CONFIG
 from echoatt_exporter.share.weight_files import checkpoint_digest, read_json_object
@@ -42,10 +48,6 @@ from echoatt_runtime.contract import (
     Verification,
     lay_out_caches,
 )
-
-# Long enough for several prefill chunks and a grown cache; `echoatt parity` goes up to the model's
-# own limit.
-_VERIFIED_CONTEXT = 300
 
 
 def export_bundle(
@@ -161,7 +163,7 @@ def _load_and_trace(
             student,
             specification,
             tokenizer_dir=outline.directory,
-            max_context=_VERIFIED_CONTEXT,
+            max_context=verified_context(specification),
         )
     on_step("trace", 0, 1)
     model = trace_student(student, specification)

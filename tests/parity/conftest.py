@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 # The caches grow once on the way
 CONTEXT = 300
+# As real ones are: longer than prompts, and behind the first growth of the caches
+WINDOW = 280
+PAST_WINDOW = 320
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A student, its traced graph (before any pass) and PyTorch's side of the comparison."""
+    """A student, a traced graph (before any pass) and PyTorch's side of the comparison."""
 
     student: EchoAttForCausalLM
     specification: Specification
@@ -58,7 +61,11 @@ def specify(student: EchoAttForCausalLM, dtype: str = "fp32") -> Specification:
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
-    """`export(name, sources, dtype, **config_fields)` traces a tiny model."""
+    """`export(name, sources, dtype, shared, **config_fields)` traces a tiny model.
+
+    The trace is the student's, or the teacher's where it is not to be shared; PyTorch's side is the
+    student's.
+    """
     import onnx_ir as ir
     import torch
 
@@ -67,7 +74,14 @@ def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
     from echoatt_exporter.trace.tracer import trace_student
     from echoatt_runtime.contract import SharingPlan
 
-    def build(name: str, sources: tuple[int, ...], dtype: str = "fp32", **fields: Any) -> Exported:
+    def build(
+        name: str,
+        sources: tuple[int, ...],
+        dtype: str = "fp32",
+        *,
+        shared: bool = True,
+        **fields: Any,
+    ) -> Exported:
         torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
         fields = {"num_hidden_layers": len(sources), "max_position_embeddings": CONTEXT} | fields
         teacher = tiny_model(name, **fields).to(torch_dtype)
@@ -75,7 +89,11 @@ def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
         specification = specify(student, dtype)
         reference = record_reference(student, specification, tokenizer_dir=None)
         file = tmp_path_factory.mktemp(name) / "graph.onnx"
-        ir.save(trace_student(student, specification), file)
+        traced = student
+        if not shared:
+            teacher = tiny_model(name, **fields).to(torch_dtype)
+            traced = share_attention(teacher, SharingPlan.unshared(len(sources)))
+        ir.save(trace_student(traced, specify(traced, dtype)), file)
         return Exported(student, specification, file, reference)
 
     return build
@@ -85,6 +103,14 @@ def export(tmp_path_factory: Any, tiny_model: Any) -> Callable[..., Exported]:
 def sliding(export: Any) -> Exported:
     """Mistral with a window of 5 tokens; layers 2 and 3 follow layers 1 and 0."""
     exported: Exported = export("mistral", (0, 1, 1, 0))
+    return exported
+
+
+@pytest.fixture(scope="session")
+def unshared(export: Any) -> Exported:
+    """Mistral with a window of 280 tokens, traced unshared: passes apply the same plan."""
+    fields = {"sliding_window": WINDOW, "max_position_embeddings": PAST_WINDOW}
+    exported: Exported = export("mistral", (0, 1, 1, 0), shared=False, **fields)
     return exported
 
 

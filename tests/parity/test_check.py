@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,27 @@ from tests.parity import mutants
 from tests.parity.conftest import CONTEXT, specify
 
 from echoatt_exporter.errors import CheckpointError, ParityError
-from echoatt_exporter.parity import assert_parity, check_parity, compare, record_reference
-from echoatt_exporter.parity.cases import write_script
+from echoatt_exporter.parity import (
+    assert_parity,
+    check_parity,
+    compare,
+    record_reference,
+    verified_context,
+)
+from echoatt_exporter.parity.cases import BatchCase, Case, write_script
+from echoatt_exporter.parity.feeding import feed
+from echoatt_exporter.parity.instrumented import open_bundle
 from echoatt_exporter.share.apply import share_attention
-from echoatt_runtime.contract import SharingPlan
+from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.cache import KVCache, bucket_capacity
+from echoatt_runtime.contract import SharingPlan, Specification
 from echoatt_runtime.errors import (
     BundleNotFoundError,
     DamagedBundleError,
     NumericalError,
     PlanError,
 )
+from echoatt_runtime.executor import Executor
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def test_a_teachers_directory_with_the_bundles_plan(
     report = check_parity(teacher_dir, bundle, plan, max_context=50)
 
     assert report.passed
-    assert report.cases[-1].name == "context of 50 by 17"
+    assert report.cases[-2].name == "context of 50 by 17 and 1"
     assert_parity(teacher_dir, bundle.parent, plan, max_context=50)
 
 
@@ -128,7 +140,7 @@ def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any)
 
     reference = record_reference(student, specify(student), tokenizer_dir=None)
 
-    assert len(reference.texts) == 6
+    assert len(reference.texts) == 5
     for text in reference.texts:
         expected = judge.logits(text.tokens)[text.positions]
         np.testing.assert_allclose(text.logits, expected, atol=2e-4 * expected.std())
@@ -166,18 +178,80 @@ def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) 
     assert len({len(prompt) for prompt in prompts}) > 1 or len(prompts[0]) == 32
 
 
-@pytest.mark.parametrize("context", [8, 20, 41, 193, 300])
+@pytest.mark.parametrize("context", [8, 20, 41, 193, 280, 300])
 def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
     specification = dataclasses.replace(sliding.specification, context_length=context)
 
     script = write_script(specification, None)
 
+    for request in script.texts:
+        assert request.positions.max() < len(request.tokens) + request.greedy <= context
     for case in script.cases:
-        for row, text in enumerate(case.texts):
-            request = script.texts[text]
-            total = len(request.tokens) + request.greedy
-            assert sum(step[row] for step in case.steps) <= total <= context
-            assert request.positions.max() < total
+        if isinstance(case, BatchCase):
+            ends = [(row.text, row.stop) for row in case.rows]
+            assert all(0 < row.prompt < row.stop for row in case.rows)
+        else:
+            taken = np.sum(case.steps, axis=0).tolist()
+            ends = list(zip(case.texts, taken, strict=True))
+        for text, end in ends:
+            assert end <= len(script.texts[text].tokens) + script.texts[text].greedy
+
+
+def _long_case(specification: Specification, max_context: int | None) -> tuple[str, list[range]]:
+    """The long case's name and the positions that it runs at once, where they are kept."""
+    script = write_script(specification, None, max_context)
+    (case,) = (case for case in script.cases if case.name.startswith("context of"))
+    assert isinstance(case, Case)
+    ends = np.cumsum(case.steps).tolist()
+    calls = [range(end - count, end) for (count,), end in zip(case.steps, ends, strict=True)]
+    kept = set(script.texts[case.texts[0]].positions.tolist())
+    return case.name, [call for call in calls if kept & set(call)]
+
+
+@pytest.mark.parametrize("window", [5, 280, 512, 1_060, 4_096])
+def test_single_tokens_and_chunks_go_past_a_growth_and_past_a_window(
+    sliding: Any, window: int
+) -> None:
+    fields = {"context_length": 8_192, "sliding_window": window}
+    specification = dataclasses.replace(sliding.specification, **fields)
+    grown = bucket_capacity(1, 8_192)
+
+    name, exported = _long_case(specification, verified_context(specification))
+    whole, calls = _long_case(specification, None)
+
+    assert verified_context(specification) <= 1_100
+    assert ("inside the window of 4096" in name) is (window == 4_096)
+    assert "inside" not in whole
+    past = [(grown, exported), (window, calls)]
+    if window < 4_096:
+        past.append((window, exported))
+    for edge, found in past:
+        assert {len(call) == 1 for call in found if call.start > edge} == {True, False}
+    assert any(call.start < grown < call.stop - 1 for call in exported)
+
+
+def test_rows_join_and_leave_while_caches_grow_and_shrink(
+    sliding: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int, int]] = []
+    run = Executor.run
+
+    def watch(self: Executor, cache: KVCache, token_ids: Any, *arguments: Any) -> Any:
+        calls.append((*token_ids.shape, cache.capacity))
+        return run(self, cache, token_ids, *arguments)
+
+    monkeypatch.setattr(Executor, "run", watch)
+    script = write_script(sliding.specification, None)
+    (case,) = (case for case in script.cases if isinstance(case, BatchCase))
+    rows = list(feed(open_bundle(Bundle.open(bundle), "cpu"), case, sliding.reference.texts))
+
+    grown = bucket_capacity(1, CONTEXT)
+    singles = [(rows, capacity) for rows, tokens, capacity in calls if tokens == 1]
+    # Rows at work, and whether the caches are of the first size, larger or smaller
+    sizes = [(rows, int(np.sign(capacity - grown))) for rows, capacity in singles]
+    stages = [size for size, _ in itertools.groupby(sizes)]
+    assert stages == [(1, 0), (3, 0), (3, 1), (2, 1), (1, -1), (2, -1), (1, -1)]
+    assert len(rows) == sum(row.stop - row.prompt for row in case.rows)
 
 
 def test_what_is_kept_does_not_grow_with_the_context(sliding: Any) -> None:

@@ -26,7 +26,7 @@ from echoatt_exporter.share.apply import share_attention
 from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import DamagedBundleError
 
-ROUNDED = "ragged batch, rounded weights"
+ROUNDED = ["ragged batch, rounded weights", "rows that join and leave, rounded weights"]
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -52,12 +52,12 @@ def test_a_quantised_bundle_passes_both_checks(quantised: Any, write: Any) -> No
     report = compare(quantised.reference, write(model, quantised.specification))
 
     assert report.passed, report.to_dict()
-    *bounded, rounded = report.cases
-    assert rounded.name == ROUNDED
-    assert rounded.tolerance.name == "fp32"
+    bounded, rounded = report.cases[:-2], report.cases[-2:]
+    assert [case.name for case in rounded] == ROUNDED
+    assert {case.tolerance.name for case in rounded} == {"fp32"}
     assert {case.tolerance.name for case in bounded} == {quantised.specification.dtype}
     # What quantisation changes is seen in one and not in the other
-    assert min(case.mean_kl for case in bounded) > 1e4 * rounded.mean_kl
+    assert min(case.mean_kl for case in bounded) > 1e4 * max(case.mean_kl for case in rounded)
 
 
 def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
@@ -71,7 +71,7 @@ def test_a_fault_too_small_for_the_bound_fails_with_rounded_weights(
         write(_quantise(model, quantised.specification.dtype), quantised.specification),
     )
 
-    assert {case.name for case in report.cases if not case.passed} == {ROUNDED}
+    assert {case.name for case in report.cases if not case.passed} == set(ROUNDED)
     assert report.first_diverging_layer == 2
 
 

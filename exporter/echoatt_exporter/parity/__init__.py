@@ -1,5 +1,6 @@
 """PyTorch against the bundle: does the graph compute what the student computes?"""
 
+from echoatt_exporter.parity.cases import verified_context
 from echoatt_exporter.parity.check import assert_parity, check_parity
 from echoatt_exporter.parity.compare import compare
 from echoatt_exporter.parity.reference import ReferenceRun, record_reference
@@ -16,4 +17,5 @@ __all__ = [
     "compare",
     "format_report",
     "record_reference",
+    "verified_context",
 ]

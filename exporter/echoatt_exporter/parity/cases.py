@@ -1,8 +1,9 @@
 """What is compared: texts, and the ways in which a bundle is fed with them. Pure data.
 
 The sizes are small on purpose: they exercise every way of feeding a graph (whole, in pieces, token
-by token, in rows of different lengths, across a growth of the caches), and a model of a billion
-parameters still goes through all of them within a minute or so.
+by token, in rows of different lengths that come and go, across a growth of the caches and the end
+of a window), and a model of a billion parameters still goes through all of them within a minute or
+so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echoatt_runtime.cache import BUCKET
+from echoatt_runtime.cache import bucket_capacity
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.executor import Integers
 from echoatt_runtime.text import TOKENIZER_FILE, TextTokenizer
@@ -28,7 +29,16 @@ _RAGGED_TOKENS = 36
 _RAGGED_DECODE = 2
 # Does not divide a bucket, so that a chunk begins in one bucket of the caches and ends in the next
 _LONG_CHUNK = 192
-_LONG_POSITIONS = 20
+_LONG_POSITIONS = 16
+# How far behind the place where something changes single tokens are run, and how many
+_BEHIND = 8
+_SINGLES = 4
+_LAST_SINGLES = 2
+# What of the window's end an export sees: single tokens and a chunk behind them
+_PAST_WINDOW = 40
+# An export goes past a window when the text for it is not longer than this
+_LONGEST_VERIFIED = 1_100
+_SHORTEST_VERIFIED = 300
 _PROMPT_TOKENS = 32
 
 _PROMPTS = (
@@ -52,6 +62,10 @@ class TextRequest:
     greedy: int
     positions: Integers
 
+    def cut(self, count: int) -> TextRequest:
+        """Its first tokens only, and none that PyTorch appends."""
+        return TextRequest(self.tokens[:count], 0, self.positions[self.positions < count])
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -69,6 +83,48 @@ class Case:
     steps: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A row that joins a batch, goes on by single tokens, and leaves.
+
+    Attributes:
+        text: Which text it runs.
+        prompt: Tokens of it that are run when it joins.
+        stop: Tokens of it that it has when it leaves; the last of them is not run.
+        after: How many steps the batch has taken when it joins.
+    """
+
+    text: int
+    prompt: int
+    stop: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCase:
+    """Texts that are run as sequences are generated, in a batch whose rows join and leave.
+
+    Attributes:
+        name: For the report.
+        rows: By the step after which they join.
+        slots: Rows that the batch has room for.
+        chunk: Most tokens of a prompt to run at once.
+    """
+
+    name: str
+    rows: tuple[BatchRow, ...]
+    slots: int
+    chunk: int
+
+    @property
+    def texts(self) -> tuple[int, ...]:
+        """The texts that it runs, each once."""
+        return tuple(dict.fromkeys(row.text for row in self.rows))
+
+
+AnyCase = Case | BatchCase
+
+
 @dataclass(frozen=True, eq=False)
 class Script:
     """Everything that is compared.
@@ -76,13 +132,28 @@ class Script:
     Attributes:
         texts: What PyTorch runs.
         cases: What the bundle runs.
-        rounded: The case that a bundle with quantised weights repeats with PyTorch computing from
+        rounded: The cases that a bundle with quantised weights repeats with PyTorch computing from
             the same rounded weights.
+        rounded_texts: By index of those that they run, the tokens that they reach.
     """
 
     texts: tuple[TextRequest, ...]
-    cases: tuple[Case, ...]
-    rounded: Case
+    cases: tuple[AnyCase, ...]
+    rounded: tuple[AnyCase, ...]
+    rounded_texts: dict[int, int]
+
+
+def verified_context(specification: Specification) -> int:
+    """The tokens of the long text that an export can afford, for `max_context`.
+
+    They go past a growth of the caches, and past the window where that is not far; `echoatt parity`
+    goes up to the model's own limit.
+
+    Args:
+        specification: The bundle's.
+    """
+    past = (specification.sliding_window or 0) + _PAST_WINDOW
+    return max(_SHORTEST_VERIFIED, past) if past <= _LONGEST_VERIFIED else _SHORTEST_VERIFIED
 
 
 def write_script(
@@ -104,7 +175,7 @@ def write_script(
         limit = min(limit, max_context)
     random = np.random.default_rng(_SEED)
     texts: list[TextRequest] = []
-    cases: list[Case] = []
+    cases: list[AnyCase] = []
 
     def tokens(count: int) -> Integers:
         return random.integers(0, specification.vocab_size, count, dtype=np.int64)
@@ -129,36 +200,88 @@ def write_script(
 
     whole = min(_RAGGED_TOKENS, limit)
     lengths = [max(1, (whole - _RAGGED_DECODE) // part) for part in (6, 2, 1)]
-    half = [(length + 1) // 2 for length in lengths]
-    rows = tuple(add(tokens(length + _RAGGED_DECODE)) for length in lengths)
-    rest = [length - done for length, done in zip(lengths, half, strict=True)]
-    steps = (tuple(half), tuple(rest), *((1,) * len(rows),) * _RAGGED_DECODE)
-    # A prefill, a second chunk, decoding and a batch in one: enough for the repetition, for which
-    # PyTorch has to round every weight anew
-    ragged = Case("ragged batch", rows, steps)
-    cases.append(ragged)
 
+    window = specification.sliding_window
+    grown = bucket_capacity(1, specification.context_length)
+    edges = [grown] if window is None else [grown, window]
+    long, long_case = first, None
     if limit > prefill:
-        long = add(tokens(limit), positions=_long_positions(limit, specification.sliding_window))
+        ragged_row = range(lengths[0] + _RAGGED_DECODE)
+        long = add(tokens(limit), positions=_long_positions(limit, edges, ragged_row))
         chunk = _LONG_CHUNK if limit > _LONG_CHUNK else limit // 3 + 1
-        cases.append(Case(f"context of {limit} by {chunk}", (long,), _chunks(limit, chunk)))
+        inside = window is not None and limit <= window
+        remark = f", inside the window of {window}" if inside else ""
+        name = f"context of {limit} by {chunk} and 1{remark}"
+        long_case = Case(name, (long,), _long_steps(limit, chunk, edges))
+
+    half = [(length + 1) // 2 for length in lengths]
+    short = [add(tokens(length + _RAGGED_DECODE)) for length in lengths[1:]]
+    rest = [length - done for length, done in zip(lengths, half, strict=True)]
+    steps = (tuple(half), tuple(rest), *((1,) * len(lengths),) * _RAGGED_DECODE)
+    # A prefill, a second chunk, decoding and a batch in one
+    ragged = Case("ragged batch", (long, *short), steps)
+    joining = _joining(long, short, [len(text.tokens) for text in texts], grown)
+    cases += [case for case in (ragged, long_case, joining) if case is not None]
 
     if prompts:
         rows = tuple(add(prompt) for prompt in prompts)
         cases.append(Case("real prompts", rows, (tuple(len(prompt) for prompt in prompts),)))
-    return Script(tuple(texts), tuple(cases), ragged)
+    # As few tokens as can be: PyTorch has to round every weight anew
+    reach = {long: joining.rows[0].stop} | {text: len(texts[text].tokens) for text in short}
+    return Script(tuple(texts), tuple(cases), (ragged, joining), reach)
 
 
 def _chunks(count: int, size: int) -> tuple[tuple[int, ...], ...]:
     return tuple((min(size, count - start),) for start in range(0, count, size))
 
 
-def _long_positions(count: int, window: int | None) -> Integers:
-    """Evenly spread positions, and those at which something changes: windows, chunks, buckets."""
-    edges = [BUCKET, _LONG_CHUNK, count - 1, *([window, 2 * window] if window else [])]
-    near = [edge + offset for edge, offset in itertools.product(edges, (-1, 0, 1))]
+def _singles(count: int, edges: Sequence[int]) -> list[int]:
+    """The positions of a long text that are run alone: behind each edge, and at the end."""
+    behind = [edge + _BEHIND + number for edge in edges for number in range(_SINGLES)]
+    last = range(count - _LAST_SINGLES, count)
+    return sorted({position for position in (*behind, *last) if 0 <= position < count})
+
+
+def _long_steps(count: int, size: int, edges: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Chunks that go over each edge, and single tokens behind it, which are not the last."""
+    singles = _singles(count, edges)
+    steps: list[tuple[int]] = []
+    start = 0
+    while start < count:
+        stop = next((single for single in singles if single >= start), count)
+        step = 1 if stop == start else min(size, stop - start)
+        steps.append((step,))
+        start += step
+    return tuple(steps)
+
+
+def _joining(long: int, short: Sequence[int], lengths: Sequence[int], grown: int) -> BatchCase:
+    """A long row that outgrows the first caches by single tokens, and short ones beside it.
+
+    One of them leaves before the long one and one after it, whose place it takes in caches that
+    become small again. Then another row joins.
+    """
+    stop = min(lengths[long], grown + _SINGLES + 2)
+    rows = [BatchRow(long, max(1, min(grown, stop) - 2), stop, 0)]
+    one, other = short
+    for text, count, after in ((one, 4, 1), (other, 10, 1), (one, 6, _SINGLES + 4)):
+        prompt = lengths[text] // 2
+        rows.append(BatchRow(text, prompt, min(lengths[text], prompt + count), after))
+    return BatchCase("rows that join and leave", tuple(rows), slots=3, chunk=_LONG_CHUNK)
+
+
+def _long_positions(count: int, edges: Sequence[int], begin: range) -> Integers:
+    """Those of other cases, those run alone, those at which something changes, and a spread."""
+    singles = _singles(count, edges)
+    changes = [_LONG_CHUNK, count - 1, *edges]
+    changes += [2 * edge for edge in edges[1:]]
+    near = [edge + offset for edge, offset in itertools.product(changes, (-1, 0, 1))]
+    joined = range(edges[0] - 3, edges[0] + _SINGLES + 2)
     spread = np.linspace(0, count - 1, _LONG_POSITIONS).astype(np.int64).tolist()
-    kept = sorted({position for position in (*near, *spread) if 0 <= position < count})
+    # And the first ones of the chunks behind single tokens
+    behind = [single + 1 for single in singles]
+    wanted = (*begin, *near, *joined, *singles, *behind, *spread)
+    kept = sorted({position for position in wanted if 0 <= position < count})
     return np.array(kept, np.int64)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from echoatt_exporter.errors import CheckpointError
-from echoatt_exporter.parity.cases import Case
+from echoatt_exporter.parity.cases import AnyCase
 from echoatt_exporter.parity.feeding import Texts, feed
 from echoatt_exporter.parity.instrumented import (
     choose_device,
@@ -76,14 +76,16 @@ def compare(reference: ReferenceRun, bundle: Bundle) -> ParityReport:
 
 
 def _tolerance(reference: ReferenceRun, specification: Specification, device: str) -> Tolerance:
-    if reference.rounded_case is None:
+    if not reference.rounded_cases:
         in_float32 = " computed in float32" if needs_float32(specification, device) else ""
         return TOLERANCES[specification.dtype + in_float32]
-    statistics = Statistics(_spread(reference.rounded_case, reference.texts))
-    for index in reference.rounded_case.texts:
+    case = reference.rounded_cases[0]
+    statistics = Statistics(_spread(case, reference.texts))
+    for index in case.texts:
         true, rounded = reference.texts[index], reference.rounded_texts[index]
+        # The rounded text is the true one's beginning
         for position, expected_V, found_V in zip(
-            true.positions, true.logits, rounded.logits, strict=True
+            rounded.positions, true.logits, rounded.logits, strict=False
         ):
             statistics.add(int(position), expected_V, found_V)
     return rounding_tolerance(specification.dtype, statistics.rms_error)
@@ -103,17 +105,18 @@ def _check_same(expected: Specification, found: Specification, path: Path) -> No
 
 
 def _compare_rounded(reference: ReferenceRun, bundle: Bundle, device: str) -> list[CaseReport]:
-    """A case with rounded weights on both sides, where the only difference is the graph's."""
-    case = reference.rounded_case
-    if case is None:
+    """Cases with rounded weights on both sides, where the only difference is the graph's."""
+    if not reference.rounded_cases:
         return []
     executor = open_bundle(bundle, device, exact=True)
-    tolerance = TOLERANCES["fp32"]
-    return [_compare_case(executor, case, reference.rounded_texts, tolerance, _ROUNDED)]
+    return [
+        _compare_case(executor, case, reference.rounded_texts, TOLERANCES["fp32"], _ROUNDED)
+        for case in reference.rounded_cases
+    ]
 
 
 def _compare_case(
-    executor: Executor, case: Case, texts: Texts, tolerance: Tolerance, remark: str = ""
+    executor: Executor, case: AnyCase, texts: Texts, tolerance: Tolerance, remark: str = ""
 ) -> CaseReport:
     statistics = Statistics(_spread(case, texts))
     for row in feed(executor, case, texts):
@@ -122,7 +125,7 @@ def _compare_case(
     return statistics.report(case.name + remark, tolerance)
 
 
-def _spread(case: Case, texts: Texts) -> float:
+def _spread(case: AnyCase, texts: Texts) -> float:
     # A model whose logits are all equal has no scale of its own
     return spread([texts[index].logits for index in case.texts]) or 1.0
 
@@ -195,30 +198,37 @@ def _locate(
     bundle: Bundle,
     device: str,
 ) -> tuple[int | None, str]:
-    """Find the first layer whose attention output differs, in the case that failed worst."""
+    """Find the first layer whose attention output differs, in any case that failed."""
     reports, cases = plain, reference.cases
     texts: Texts = reference.texts
-    if reference.rounded_case is not None:
+    if reference.rounded_cases:
         if all(report.passed for report in rounded):
             return None, "the graph computes what its rounded weights say, so it is their rounding"
         # The plain cases of rounded weights differ in every layer, and rightly so
-        reports, cases, texts = rounded, (reference.rounded_case,), reference.rounded_texts
-    worst = max(range(len(reports)), key=lambda index: reports[index].severity)
-    limit = reports[worst].tolerance.max_error
+        reports, cases, texts = rounded, reference.rounded_cases, reference.rounded_texts
     executor = open_bundle(bundle, device, exact=bool(rounded), contexts=True)
-    largest = np.zeros(bundle.specification.num_layers)
-    for row in feed(executor, cases[worst], texts, contexts=True):
-        expected = texts[row.text].contexts[:, row.kept]
-        difference = np.abs(np.stack(row.contexts) - expected).max(axis=1)
-        # A NaN is larger than any limit
-        largest = np.fmax(largest, np.nan_to_num(difference, nan=np.inf))
-    scales = np.sqrt(
-        np.mean(
-            [np.square(texts[i].contexts).mean(axis=(1, 2)) for i in cases[worst].texts], axis=0
-        )
-    )
-    diverging = np.flatnonzero(largest > limit * np.where(scales > 0, scales, 1.0))
-    if len(diverging):
-        layer = int(diverging[0])
-        return layer, f"first in layer {layer}'s attention output"
+    layers = [
+        layer
+        for report, case in zip(reports, cases, strict=True)
+        if not report.passed
+        for layer in _diverging(executor, case, texts, report.tolerance.max_error)
+    ]
+    if layers:
+        return min(layers), f"first in layer {min(layers)}'s attention output"
     return None, "after the last layer's attention"
+
+
+def _diverging(executor: Executor, case: AnyCase, texts: Texts, limit: float) -> list[int]:
+    """The layers whose attention output differs by more than `limit` of its own scale."""
+    largest = np.zeros(executor.specification.num_layers)
+    for row in feed(executor, case, texts, contexts=True):
+        if row.contexts:
+            expected = texts[row.text].contexts[:, row.kept]
+            difference = np.abs(np.stack(row.contexts) - expected).max(axis=1)
+            # A NaN is larger than any limit
+            largest = np.fmax(largest, np.nan_to_num(difference, nan=np.inf))
+    scales = np.sqrt(
+        np.mean([np.square(texts[i].contexts).mean(axis=(1, 2)) for i in case.texts], axis=0)
+    )
+    found: list[int] = np.flatnonzero(largest > limit * np.where(scales > 0, scales, 1.0)).tolist()
+    return found

@@ -1,4 +1,4 @@
-"""Feeds a case to a bundle, call by call, and hands out the rows that were asked for.
+"""Feeds a case to a bundle, call by call, and hands out the rows that were kept.
 
 Shapes: B batch, S new tokens, n wanted rows, V vocabulary, H query heads, D head size.
 """
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from echoatt_exporter.parity.cases import Case
+from echoatt_exporter.parity.cases import AnyCase, BatchCase, BatchRow, Case
 from echoatt_exporter.parity.instrumented import context_name
 from echoatt_exporter.parity.reference import Floats, ReferenceText
-from echoatt_runtime.executor import Executor
+from echoatt_runtime import SamplingParams, TextPiece
+from echoatt_runtime.contract import Specification
+from echoatt_runtime.executor import Executor, Logits
+from echoatt_runtime.generation import Batch, TokenSequence
 
 Texts = Sequence[ReferenceText] | Mapping[int, ReferenceText]
 
@@ -29,7 +32,7 @@ class BundleRow:
         text: The text's index.
         kept: The index among the text's kept positions.
         logits: Float32 [V].
-        contexts: By layer float32 [H·D]; empty unless asked for.
+        contexts: By layer float32 [H·D]; empty unless asked for, and where a row joins a batch.
     """
 
     text: int
@@ -39,7 +42,7 @@ class BundleRow:
 
 
 def feed(
-    executor: Executor, case: Case, texts: Texts, *, contexts: bool = False
+    executor: Executor, case: AnyCase, texts: Texts, *, contexts: bool = False
 ) -> Iterator[BundleRow]:
     """Run a case.
 
@@ -52,6 +55,15 @@ def feed(
     Yields:
         Every position that the reference kept and the case reaches.
     """
+    if isinstance(case, BatchCase):
+        yield from _feed_batch(executor, case, texts, contexts=contexts)
+    else:
+        yield from _feed_steps(executor, case, texts, contexts=contexts)
+
+
+def _feed_steps(
+    executor: Executor, case: Case, texts: Texts, *, contexts: bool
+) -> Iterator[BundleRow]:
     rows = [texts[index] for index in case.texts]
     random = np.random.default_rng(_PAD_SEED)
     past = np.zeros(len(rows), np.int64)
@@ -83,6 +95,67 @@ def feed(
                     tuple(layer_BSC[row, at] for layer_BSC in contexts_BSC),
                 )
         past += counts
+
+
+class _TextSequence(TokenSequence):
+    """A sequence that goes on with its text's own tokens, whatever the bundle would choose.
+
+    Attributes:
+        text: The text's index.
+        logits: Float32 [V], those after the newest token but one.
+    """
+
+    def __init__(self, row: BatchRow, text: ReferenceText, specification: Specification) -> None:
+        # Not greedy: otherwise a batch asks for tokens and not for logits
+        params = SamplingParams(
+            temperature=1, max_new_tokens=row.stop - row.prompt, ignore_eos=True
+        )
+        super().__init__(text.tokens[: row.prompt].tolist(), params, specification, None)
+        self.text = row.text
+        self.logits: Floats | None = None
+        self._text_tokens = text.tokens
+
+    def take_logits(self, logits_V: Logits) -> TextPiece | None:
+        """Keep the logits, and take the text's next token."""
+        self.logits = logits_V
+        return self.take_choice(int(self._text_tokens[self.length]), finite=True)
+
+
+def _feed_batch(
+    executor: Executor, case: BatchCase, texts: Texts, *, contexts: bool
+) -> Iterator[BundleRow]:
+    specification = executor.specification
+    batch = Batch(executor, case.slots, case.chunk)
+    waiting = list(case.rows)
+    steps = 0
+    while waiting or batch.rows:
+        new = [row for row in waiting if row.after == steps]
+        waiting = [row for row in waiting if row.after > steps]
+        if new:
+            joining = [_TextSequence(row, texts[row.text], specification) for row in new]
+            batch.join(joining)
+            for sequence in joining:
+                yield from _newest(sequence, texts, [], 0)
+        working = [row for row in batch.rows if isinstance(row, _TextSequence)]
+        batch.step()
+        steps += 1
+        contexts_BSC = _contexts(executor) if contexts and working else []
+        for row, sequence in enumerate(working):
+            yield from _newest(sequence, texts, contexts_BSC, row)
+
+
+def _newest(
+    sequence: _TextSequence,
+    texts: Texts,
+    contexts_BSC: Sequence[npt.NDArray[np.float32]],
+    row: int,
+) -> Iterator[BundleRow]:
+    """The row of a sequence's last logits, if the reference kept its position."""
+    (found,) = np.nonzero(texts[sequence.text].positions == sequence.length - 2)
+    if sequence.logits is not None:
+        for index in found:
+            contexts = tuple(layer_BSC[row, -1] for layer_BSC in contexts_BSC)
+            yield BundleRow(sequence.text, int(index), sequence.logits, contexts)
 
 
 def _contexts(executor: Executor) -> list[npt.NDArray[np.float32]]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from echoatt_exporter.families import family_of
 from echoatt_exporter.parity.arithmetic import float32_arithmetic, quantised_weights
-from echoatt_exporter.parity.cases import Case, TextRequest, write_script
+from echoatt_exporter.parity.cases import AnyCase, TextRequest, write_script
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import NumericalError
@@ -56,14 +56,14 @@ class ReferenceRun:
         specification: Of the bundle that it is for.
         cases: What the bundle shall run.
         texts: What PyTorch computed.
-        rounded_case: The case that a bundle with quantised weights repeats; None for others.
+        rounded_cases: The cases that a bundle with quantised weights repeats; none for others.
         rounded_texts: By text, what PyTorch computed from weights rounded as the bundle's are.
     """
 
     specification: Specification
-    cases: tuple[Case, ...]
+    cases: tuple[AnyCase, ...]
     texts: tuple[ReferenceText, ...]
-    rounded_case: Case | None
+    rounded_cases: tuple[AnyCase, ...]
     rounded_texts: Mapping[int, ReferenceText]
 
 
@@ -96,12 +96,12 @@ def record_reference(
         texts = tuple(_run_text(student, specification, request) for request in script.texts)
     bits = specification.weight_dtype.bits
     if bits is None:
-        return ReferenceRun(specification, script.cases, texts, None, {})
-    rounded = script.rounded
+        return ReferenceRun(specification, script.cases, texts, (), {})
+    requests = [script.texts[index].cut(count) for index, count in script.rounded_texts.items()]
     with quantised_weights(student, bits):
-        found = _run_together(student, [script.texts[index] for index in rounded.texts])
-    rounded_texts = dict(zip(rounded.texts, found, strict=True))
-    return ReferenceRun(specification, script.cases, texts, rounded, rounded_texts)
+        found = _run_together(student, requests)
+    rounded_texts = dict(zip(script.rounded_texts, found, strict=True))
+    return ReferenceRun(specification, script.cases, texts, script.rounded, rounded_texts)
 
 
 @torch.inference_mode()
