@@ -42,7 +42,7 @@ def quantised(request: Any, sliding: Any) -> Any:
 
 def _quantise(model: ir.Model, dtype: str) -> ir.Model:
     bits: Literal[4, 8] = 8 if dtype == "int8" else 4
-    assert QuantizeWeights(bits)(model).modified
+    assert QuantizeWeights(bits).call(model).modified
     return model
 
 

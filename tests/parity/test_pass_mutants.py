@@ -13,7 +13,8 @@ from tests.parity import mutants
 from tests.parity import pass_mutants as planted
 from tests.parity.conftest import PAST_WINDOW, WINDOW
 
-from echoatt_exporter.graph import export_pipeline, run_pipeline
+from echoatt_exporter.graph import rewrite_pipeline, run_pipeline
+from echoatt_exporter.graph.run import PassStep
 from echoatt_exporter.parity import compare, record_reference
 from echoatt_runtime.contract import Specification
 
@@ -38,6 +39,7 @@ class Mutant:
         layer: The first layer whose attention shows it.
         spared: The cases that do not show it.
         dtypes: Of the bundles in which it is planted.
+        time: Which run of that pass it comes after, where there are several.
     """
 
     after: str
@@ -45,6 +47,7 @@ class Mutant:
     layer: int | None
     spared: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = field(default=("fp32",), kw_only=True)
+    time: int = field(default=1, kw_only=True)
 
 
 BOTH = ("fp32", "int4")
@@ -101,6 +104,9 @@ MUTANTS = {
         1,
         dtypes=BOTH,
     ),
+    "two output projections' heads swapped": Mutant(
+        "AssignRoles", lambda m: mutants.swap_output_heads(m, 0, HEAD_DIM), 1
+    ),
     "queries of two groups exchanged": Mutant(
         "RotateTogether", lambda m: planted.swap_rotated_groups(m, 0), 0
     ),
@@ -156,6 +162,7 @@ MUTANTS = {
         lambda m: planted.exchange_gate_and_up(m, 3),
         None,
         dtypes=BOTH,
+        time=2,
     ),
     "decoded tokens rotated further": Mutant(
         "RemoveUnusedOpsetsPass",
@@ -164,7 +171,7 @@ MUTANTS = {
         ("prefill", "prefill by 1"),
     ),
     "two heads' outputs swapped": Mutant(
-        "ClearMetadataAndDocStringPass", lambda m: mutants.swap_output_heads(m, 1, HEAD_DIM), 2
+        "ClearMetadata", lambda m: mutants.swap_output_heads(m, 1, HEAD_DIM), 2
     ),
     # Passes and the contract's check refuse it before
     "wrong source": Mutant(
@@ -193,19 +200,24 @@ def target(request: Any, unshared: Any) -> Any:
 def _export(target: Any, mutant: Mutant | None) -> ir.Model:
     """The finished graph, with a fault planted after the first pass of its name."""
     model = ir.load(target.graph_file)
-    steps = export_pipeline(target.specification)
-    names = [step.name for step in steps]
-    number = len(steps) if mutant is None else names.index(mutant.after) + 1
-    run_pipeline(model, steps[:number])
-    if mutant is not None:
-        mutant.plant(model)
-    run_pipeline(model, steps[number:])
+    done: list[str] = []
+
+    def plant(step: PassStep | None) -> None:
+        """Called before each pass, and after the last."""
+        if mutant is not None and done[-1:] == [mutant.after]:
+            if done.count(mutant.after) == mutant.time:
+                mutant.plant(model)
+        if step is not None:
+            done.append(step.name)
+
+    run_pipeline(model, rewrite_pipeline(target.specification), plant)
+    plant(None)
     return model
 
 
 def test_a_fault_is_planted_after_every_pass(unshared: Any) -> None:
     def passes(specification: Specification) -> set[str]:
-        return {step.name for step in export_pipeline(specification)}
+        return {step.name for step in rewrite_pipeline(specification).steps}
 
     specification = unshared.specification
     every = passes(specification) | passes(dataclasses.replace(specification, dtype="int4"))

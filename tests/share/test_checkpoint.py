@@ -502,12 +502,14 @@ def test_digest_of_nothing_is_refused(tmp_path: Path, teacher_dir: Path) -> None
 
 def test_public_names() -> None:
     assert set(checkpoint.__all__) == {
+        "CheckpointOutline",
         "check_new_directory",
         "checkpoint_digest",
         "is_student",
         "load_model",
         "load_shared",
         "load_teacher",
+        "read_outline",
         "save_student",
     }
     assert save_student is checkpoint.save_student
