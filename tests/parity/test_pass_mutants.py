@@ -204,9 +204,9 @@ def _export(target: Any, mutant: Mutant | None) -> ir.Model:
 
     def plant(step: PassStep | None) -> None:
         """Called before each pass, and after the last."""
-        if mutant is not None and done[-1:] == [mutant.after]:
-            if done.count(mutant.after) == mutant.time:
-                mutant.plant(model)
+        last = done[-1] if done else None
+        if mutant is not None and (last, done.count(mutant.after)) == (mutant.after, mutant.time):
+            mutant.plant(model)
         if step is not None:
             done.append(step.name)
 
