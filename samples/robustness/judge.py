@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -91,6 +92,8 @@ def judge_all(
         limits: What each may take.
         keep: Leave the spoilt directories there.
     """
+    # What is frozen is not looked at by collections, which would copy it into every child
+    gc.freeze()
     waiting = iter(cases)
     running: dict[int, _Child] = {}
     while True:

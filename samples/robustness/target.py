@@ -11,6 +11,7 @@ from random import Random
 from typing import Any, Final
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from echoatt_runtime.bundle import file_sha256, read_manifest, read_onnx_file
 from echoatt_runtime.contract import METADATA_KEY
@@ -144,7 +145,7 @@ def make_fit(folder: Path) -> None:
                 # A sparse file of gigabytes would take its time
                 file["sha256"] = file_sha256(path) if file["bytes"] < 1 << 26 else "0" * 64
         write_manifest_text(folder, json.dumps(manifest))
-    except (BundleError, KeyError, ValueError, TypeError, OSError):
+    except (BundleError, DecodeError, KeyError, ValueError, TypeError, OSError):
         return
 
 

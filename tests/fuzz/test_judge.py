@@ -39,7 +39,7 @@ STEPS = {
     "tells": escape(EchoAttError(SECRET)),
     "crash": lambda: os.kill(os.getpid(), 11),
     "memory": lambda: bytearray(1 << 28),
-    "busy": lambda: sum(0 for _ in iter(int, 1)),
+    "busy": lambda: any(iter(int, 1)),
     "asleep": lambda: time.sleep(60),
     "silent": lambda: os._exit(0),
     "reads": lambda: secret.read_text(),
