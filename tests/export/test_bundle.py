@@ -14,7 +14,6 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from echoatt_runtime.executor.session import read_manifest
 
 from echoatt_exporter import (
     CheckpointError,
@@ -29,6 +28,7 @@ from echoatt_exporter import (
 )
 from echoatt_exporter.bundle.write import BundlePath, copy_checkpoint_files, write_bundle
 from echoatt_runtime import BundleError, BundleNotFoundError, EchoModel
+from echoatt_runtime.executor.session import read_manifest
 
 PAIRS = "2:1,3:1"
 
