@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
-from samples.robustness import checkpoints, companions, damage, graphs, manifests
+from samples.robustness import absurd_graphs, checkpoints, companions, damage, graphs, manifests
 from samples.robustness.target import Goods, Mutation, Target
 
 Kind = Literal["bundle", "checkpoint"]
@@ -48,7 +48,7 @@ FAMILIES: Final[dict[Kind, dict[str, Mutation]]] = {
         "graph, weights": graphs.weights,
         "graph, weights outside": graphs.outside,
         "graph, interface": graphs.interface,
-        "graph, absurd": graphs.absurd,
+        "graph, absurd": absurd_graphs.absurd,
         "graph, around it": graphs.around,
     },
     "checkpoint": {

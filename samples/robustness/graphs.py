@@ -17,7 +17,7 @@ _FEW: Final = (-(2**63), -7, -1, 0, 1, 2, 3, 5, 1000, 2**31, 2**63 - 1)
 
 
 @dataclasses.dataclass(slots=True)
-class _Graph:
+class Graph:
     """A loaded model, and what in it can be changed."""
 
     model: onnx.ModelProto
@@ -28,6 +28,7 @@ class _Graph:
         return [node for graph in _graphs(self.model.graph) for node in graph.node]
 
     def node(self) -> onnx.NodeProto:
+        """One of them."""
         return self.random.choice(self.nodes())
 
     def graph(self) -> onnx.GraphProto:
@@ -57,25 +58,26 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(attribute.g)
 
 
-def _save(target: Target, model: onnx.ModelProto) -> None:
+def save(target: Target, model: onnx.ModelProto) -> None:
+    """Write a model in a bundle's place, and let its manifest fit."""
     # onnx's own saving would see to data in other files too
     (target.folder / MODEL).write_bytes(model.SerializeToString())
     make_fit(target.folder)
 
 
-def _open(random: Random, target: Target) -> _Graph:
-    return _Graph(onnx.load(target.folder / MODEL, load_external_data=False), random)
+def _open(random: Random, target: Target) -> Graph:
+    return Graph(onnx.load(target.folder / MODEL, load_external_data=False), random)
 
 
 def nodes(random: Random, target: Target) -> str:
     """Drop, repeat, move, rename and rewire nodes."""
     graph = _open(random, target)
     done = [_spoil_node(graph) for _ in range(random.choice((1, 1, 2)))]
-    _save(target, graph.model)
+    save(target, graph.model)
     return "; ".join(done)
 
 
-def _spoil_node(graph: _Graph) -> str:
+def _spoil_node(graph: Graph) -> str:
     random, node = graph.random, graph.node()
     how = random.choice(
         ("drop", "repeat", "reverse", "type", "domain", "input", "output", "cycle", "arity")
@@ -133,7 +135,7 @@ def attributes(random: Random, target: Target) -> str:
         attribute.s = random.choice((b"", b"linear", b"circular", b"\xff\xfe", b"x" * 100_000))
     else:
         attribute.i = random.choice((*_SIZES, 3, 5, 100))
-    _save(target, graph.model)
+    save(target, graph.model)
     return f"{how} of {node.op_type}.{attribute.name}"
 
 
@@ -153,7 +155,7 @@ def constants(random: Random, target: Target) -> str:
             flat[random.randrange(flat.size)] = random.choice((*_SIZES, *_FEW))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
             done.append(f"{tensor.name} is {flat[:8].tolist()}")
-    _save(target, graph.model)
+    save(target, graph.model)
     return "; ".join(done) or "nothing"
 
 
@@ -192,7 +194,7 @@ def weights(random: Random, target: Target) -> str:
     else:
         tensor.ClearField("raw_data")
         tensor.ClearField("external_data")
-    _save(target, graph.model)
+    save(target, graph.model)
     return f"{name[:40]}: {done}"
 
 
@@ -230,11 +232,11 @@ def outside(random: Random, target: Target) -> str:
     where = "initializer"
     if tensor.name == "secret":
         where = _hide(graph, tensor)
-    _save(target, graph.model)
+    save(target, graph.model)
     return f"{where} in {place[:24]}"
 
 
-def _hide(graph: _Graph, tensor: onnx.TensorProto) -> str:
+def _hide(graph: Graph, tensor: onnx.TensorProto) -> str:
     """Put a tensor somewhere that is read as well."""
     model, where = (
         graph.model,
@@ -299,151 +301,8 @@ def interface(random: Random, target: Target) -> str:
     else:
         for number in range(20_000):
             listed.add(name=f"x{number}").CopyFrom(value)
-    _save(target, model)
+    save(target, model)
     return f"{how} of {name}"
-
-
-def absurd(random: Random, target: Target) -> str:
-    """Let a step compute something absurd: huge tensors, loops without end, depth."""
-    graph = _open(random, target)
-    model = graph.model
-    kind = random.choice(sorted(_ABSURD))
-    made = _ABSURD[kind](random.choice((2**24, 2**33, 2**40, 2**62, -5)))
-    initializers = [part for part in made if isinstance(part, onnx.TensorProto)]
-    model.graph.initializer.extend(initializers)
-    new = [part for part in made if isinstance(part, onnx.NodeProto)]
-    # The logits wait for what is computed, else it would be left out
-    last = next(node for node in model.graph.node if "logits" in node.output)
-    last.output[list(last.output).index("logits")] = "logits_before"
-    new += [
-        helper.make_node("ReduceMin", ["absurd"], ["absurd_least"], keepdims=0),
-        helper.make_node("Cast", ["absurd_least"], ["absurd_float"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["logits_before", "absurd_float"], ["logits"]),
-    ]
-    model.graph.node.extend(new)
-    _save(target, model)
-    return kind
-
-
-def _number(name: str, value: Any) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.array(value, np.int64), name)
-
-
-def _loop(count: int) -> list[Any]:
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go"], ["go_on"]),
-            helper.make_node("Add", ["a", "a"], ["b"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("a", TensorProto.INT64, []),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("b", TensorProto.INT64, []),
-        ],
-    )
-    yes = numpy_helper.from_array(np.array(True), "absurd_yes")
-    start = [_number("absurd_n", abs(count)), yes, _number("absurd_a", 1)]
-    return [*start, helper.make_node("Loop", [s.name for s in start], ["absurd"], body=body)]
-
-
-def _deep(_: int) -> list[Any]:
-    inner = helper.make_graph(
-        [helper.make_node("Constant", [], ["deep0"], value_int=1)],
-        "deep",
-        [],
-        [helper.make_tensor_value_info("deep0", TensorProto.INT64, [])],
-    )
-    for level in range(1, 30):
-        node = helper.make_node(
-            "If", ["absurd_yes"], [f"deep{level}"], then_branch=inner, else_branch=inner
-        )
-        # One branch only goes down, for two would double what is written at each level
-        node.attribute[1].g.CopyFrom(
-            helper.make_graph(
-                [helper.make_node("Constant", [], [f"flat{level}"], value_int=1)],
-                "flat",
-                [],
-                [helper.make_tensor_value_info(f"flat{level}", TensorProto.INT64, [])],
-            )
-        )
-        outputs = [helper.make_tensor_value_info(f"deep{level}", TensorProto.INT64, [])]
-        inner = helper.make_graph([node], "deep", [], outputs)
-    yes = numpy_helper.from_array(np.array(True), "absurd_yes")
-    nodes = list(inner.node)
-    nodes[-1].output[0] = "absurd"
-    return [yes, *nodes]
-
-
-def _long(_: int) -> list[Any]:
-    nodes = [helper.make_node("Neg", [f"long{n}"], [f"long{n + 1}"]) for n in range(8_000)]
-    nodes[-1].output[0] = "absurd"
-    return [_number("long0", [1]), *nodes]
-
-
-_ABSURD: Final[dict[str, Any]] = {
-    "ConstantOfShape": lambda n: [
-        _number("absurd_n", [n]),
-        helper.make_node("ConstantOfShape", ["absurd_n"], ["absurd"]),
-    ],
-    "Range": lambda n: [
-        _number("absurd_0", 0),
-        _number("absurd_n", n),
-        _number("absurd_1", 1),
-        helper.make_node("Range", ["absurd_0", "absurd_n", "absurd_1"], ["absurd"]),
-    ],
-    "Range of steps of 0": lambda n: [
-        _number("absurd_0", 0),
-        _number("absurd_n", n),
-        helper.make_node("Range", ["absurd_0", "absurd_n", "absurd_0"], ["absurd"]),
-    ],
-    "Expand": lambda n: [
-        _number("absurd_n", [n]),
-        helper.make_node("Expand", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Tile": lambda n: [
-        _number("absurd_n", [n]),
-        helper.make_node("Tile", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Pad": lambda n: [
-        _number("absurd_n", [n, n]),
-        helper.make_node("Pad", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Reshape": lambda n: [
-        _number("absurd_n", [n, -1]),
-        helper.make_node("Reshape", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Gather": lambda n: [
-        _number("absurd_n", [n]),
-        helper.make_node("Gather", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Slice": lambda n: [
-        _number("absurd_0", [-n]),
-        _number("absurd_n", [n]),
-        helper.make_node("Slice", ["past_lengths", "absurd_0", "absurd_n"], ["absurd"]),
-    ],
-    "Split": lambda n: [
-        _number("absurd_n", [n]),
-        helper.make_node("Split", ["past_lengths", "absurd_n"], ["absurd"]),
-    ],
-    "Mod": lambda n: [
-        _number("absurd_0", n + 5),
-        helper.make_node("Sub", ["absurd_0", "absurd_0"], ["absurd_z"]),
-        helper.make_node("Mod", ["past_lengths", "absurd_z"], ["absurd"]),
-    ],
-    "Div": lambda n: [
-        _number("absurd_0", n),
-        helper.make_node("Sub", ["past_lengths", "past_lengths"], ["absurd_z"]),
-        helper.make_node("Div", ["absurd_0", "absurd_z"], ["absurd"]),
-    ],
-    "Loop": _loop,
-    "branches in branches": _deep,
-    "a long chain": _long,
-}
 
 
 def around(random: Random, target: Target) -> str:
@@ -474,5 +333,5 @@ def around(random: Random, target: Target) -> str:
         model.doc_string = "\n" * 2_000_000
     else:
         model.ClearField("graph")
-    _save(target, model)
+    save(target, model)
     return how
