@@ -6,7 +6,8 @@
     for piece in model.stream("Once upon a time", SamplingParams(max_new_tokens=100)):
         print(piece.text, end="", flush=True)
 
-`echoatt_runtime.executor.session` is the layer below, for logits and caches without text.
+The layers below are public too: `contract`, `bundle`, `cache`, `executor`, `generation`, `text`,
+`measures` and `ort`.
 """
 
 from importlib.metadata import version
