@@ -105,6 +105,16 @@ def test_exporter_uses_only_the_runtimes_public_names() -> None:
     assert deeper == []
 
 
+def test_the_linter_bans_what_is_not_public_in_the_exporter() -> None:
+    config = tomllib.loads((ROOT / "exporter" / "ruff.toml").read_text(encoding="utf-8"))
+    modules = {
+        ".".join(path.relative_to(ROOT / "runtime").with_suffix("").parts).removesuffix(".__init__")
+        for path in _modules("runtime/echoatt_runtime")
+    }
+    banned = set(config["lint"]["flake8-tidy-imports"]["banned-api"])
+    assert banned == modules - PUBLIC
+
+
 def _is_public(found: Import) -> bool:
     """A public module as a whole, or a name of it, which a package must list."""
     if found.module not in PUBLIC or found.name is None:
