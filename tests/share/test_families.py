@@ -70,7 +70,8 @@ def test_cached_chunks_equal_one_pass(
     tokens: torch.Tensor,
     assert_close: Check,
 ) -> None:
-    student: EchoAttForCausalLM = student_of(family)
+    # In float64, because how far float32 rounds apart here depends on the processor
+    student: EchoAttForCausalLM = student_of(family).double()
     cache = DynamicCache() if given else None  # the first grows layer by layer, sliding or not
     parts = []
     for chunk in torch.split(tokens, chunks, dim=1):

@@ -112,8 +112,9 @@ def test_interleaved_models_with_different_plans(
     assert_close: Callable[..., None],
 ) -> None:
     plans = [SharingPlan((0, 1, 1, 1, 4, 4)), SharingPlan((0, 0, 0, 0, 4, 5))]
-    models = [student_of("llama", plan) for plan in plans]
-    expected = [reference_of("llama", plan)(tokens).logits for plan in plans]
+    # In float64, because how far float32 rounds apart here depends on the processor
+    models = [student_of("llama", plan).double() for plan in plans]
+    expected = [reference_of("llama", plan).double()(tokens).logits for plan in plans]
     assert not torch.allclose(expected[0], expected[1], atol=0.1)
     caches: list[Any] = [None, None]
     for position in range(tokens.shape[1]):
