@@ -225,6 +225,14 @@ def _draw(mass: npt.NDArray[np.float64], fraction: float) -> tuple[int, float]:
     return index, min(max(float(inside), 0.0), 1.0)
 
 
+def not_finite(tokens: int) -> NumericalError:
+    """What to raise where the logits after so many tokens are not numbers."""
+    return NumericalError(
+        f"the logits after {tokens} tokens are not finite; "
+        "the bundle's dtype overflows: export with a wider --dtype"
+    )
+
+
 class Sampler:
     """Chooses one row's tokens. Rows share nothing, so a batch draws what each row alone draws."""
 
@@ -246,10 +254,7 @@ class Sampler:
         # NaN is the largest of all to argmax
         largest = int(logits_V.argmax())
         if not math.isfinite(logits_V[largest]):
-            raise NumericalError(
-                f"the logits after {len(token_ids)} tokens are not finite; "
-                "the bundle's dtype overflows: export with a wider --dtype"
-            )
+            raise not_finite(len(token_ids))
         if params.repetition_penalty != 1:
             logits_V = apply_repetition_penalty(logits_V, token_ids, params.repetition_penalty)
             largest = int(logits_V.argmax())

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from echoatt_runtime.contract import Specification
-from echoatt_runtime.errors import ContextOverflowError, EchoAttError, NumericalError, PromptError
+from echoatt_runtime.errors import ContextOverflowError, EchoAttError, PromptError
 from echoatt_runtime.executor import Logits
 from echoatt_runtime.results import FinishReason, GenerationResult, TextPiece, Timings
-from echoatt_runtime.sampling import Sampler, SamplingParams
+from echoatt_runtime.sampling import Sampler, SamplingParams, not_finite
 from echoatt_runtime.text import Detokenizer, StopMatcher, TextTokenizer
 
 
@@ -110,7 +110,7 @@ class TokenSequence:
             finite: Whether its logit is a number.
         """
         if not finite:
-            return self.fail(NumericalError(_not_finite(self.length)))
+            return self.fail(not_finite(self.length))
         return self._add(token_id)
 
     def fail(self, error: EchoAttError) -> TextPiece:
@@ -192,10 +192,3 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int, name: str = "the pro
             f"{name} has token {least if least < 0 else most}, outside the vocabulary "
             f"of {vocab_size}; use the tokenizer of this checkpoint"
         )
-
-
-def _not_finite(tokens: int) -> str:
-    return (
-        f"the logits after {tokens} tokens are not finite; "
-        "the bundle's dtype overflows: export with a wider --dtype"
-    )
