@@ -34,6 +34,7 @@ from echoatt_exporter.parity import (
     record_reference,
     verified_context,
 )
+from echoatt_exporter.quantise.quantise import RoundingChoice, quantise_student
 from echoatt_exporter.share.checkpoint import CheckpointOutline, load_shared, read_outline
 from echoatt_exporter.share.unfit_checkpoints import CONFIG
 from echoatt_exporter.share.weight_files import checkpoint_digest, read_json_object
@@ -57,6 +58,7 @@ def export_bundle(
     *,
     dtype: str = "fp32",
     device: str = "cpu",
+    rounding: RoundingChoice | None = None,
     verify: bool = True,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -71,6 +73,7 @@ def export_bundle(
             pairs; None shares nothing.
         dtype: Of the weights: fp32, fp16, bf16, int8 or int4.
         device: What the bundle is for: cpu or cuda.
+        rounding: How int8 and int4 are rounded; None is calibrated on text of the model's own.
         verify: Compare the bundle with PyTorch before it is published.
         force: Overwrite an existing bundle.
         trust_remote_code: Run code that the checkpoint brings.
@@ -84,6 +87,8 @@ def export_bundle(
     """
     start = time.perf_counter()
     _check_target(dtype, device)
+    if rounding is not None and DTYPES[dtype].bits is None:
+        raise ExportError(f"{dtype} rounds no weights to few bits; leave the rounding out")
     source, target = Path(model_dir), BundlePath.of(out)
     sweep(target.place)
     target.check_free(force=force)
@@ -97,9 +102,10 @@ def export_bundle(
         check_companions(stage.bundle, target.place, force=force)
         specification = _specification(outline, special_tokens, dtype=dtype, device=device)
         # What can be refused without the weights has been refused by now
-        model, reference = _load_and_trace(
+        model, specification, reference = _load_and_trace(
             outline,
             specification,
+            rounding or RoundingChoice(),
             verify=verify,
             trust_remote_code=trust_remote_code,
             on_step=on_step,
@@ -140,12 +146,13 @@ def export_bundle(
 def _load_and_trace(
     outline: CheckpointOutline,
     specification: Specification,
+    rounding: RoundingChoice,
     *,
     verify: bool,
     trust_remote_code: bool,
     on_step: OnStep,
-) -> tuple[ir.Model, ReferenceRun | None]:
-    """The graph, and what PyTorch computes where that is wanted.
+) -> tuple[ir.Model, Specification, ReferenceRun | None]:
+    """The graph, its specification, and what PyTorch computes where that is wanted.
 
     The graph holds the weights it needs; the rest of the student goes with this call, before
     anything is copied.
@@ -156,6 +163,15 @@ def _load_and_trace(
         dtype=graph_dtype(specification.dtype),
         trust_remote_code=trust_remote_code,
     )
+    if specification.weight_dtype.bits is not None:
+        specification = quantise_student(
+            student,
+            specification,
+            rounding,
+            model_dir=outline.directory,
+            trust_remote_code=trust_remote_code,
+            on_part=on_step,
+        )
     reference: ReferenceRun | None = None
     if verify:
         on_step("reference", 0, 1)
@@ -169,7 +185,7 @@ def _load_and_trace(
     model = trace_student(student, specification)
     del student
     gc.collect()
-    return model, reference
+    return model, specification, reference
 
 
 def _check_target(dtype: str, device: str) -> None:

@@ -19,7 +19,7 @@ from echoatt_exporter.bundle import (
 )
 from echoatt_exporter.errors import ExportError
 from echoatt_exporter.export_report import ExportReport, OnStep, ignore_step
-from echoatt_exporter.graph import rewrite_pipeline, run_pipeline
+from echoatt_exporter.graph import find_same_bytes, rewrite_pipeline, run_pipeline
 from echoatt_runtime.bundle import Bundle, find_model
 from echoatt_runtime.contract import SharingPlan, Specification
 from echoatt_runtime.errors import PlanError
@@ -65,6 +65,7 @@ def rewrite_bundle(
             copy_companions(bundle, stage.bundle)
         check_companions(stage.bundle, target.place, force=force)
         model = ir.load(source)
+        find_same_bytes(model.graph)
         on_step("passes", 0, 1)
         reports = run_pipeline(model, rewrite_pipeline(specification))
         manifest = write_bundle(

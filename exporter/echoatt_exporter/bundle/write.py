@@ -18,7 +18,7 @@ from echoatt_exporter.bundle.place import BundlePath, writing_to
 from echoatt_exporter.bundle.publish import publish
 from echoatt_exporter.bundle.room import check_room
 from echoatt_exporter.bundle.stage import Stage
-from echoatt_exporter.graph import check_file
+from echoatt_exporter.graph import apart, check_file, written_once
 from echoatt_runtime.bundle import Bundle, file_sha256, read_onnx_file
 from echoatt_runtime.contract import (
     COMPANION,
@@ -95,11 +95,7 @@ def _describe(path: Path, role: str) -> BundleFile:
 
 
 def _weight_bytes(model: ir.Model) -> int:
-    return sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
+    return sum(tensor.nbytes for tensor in apart(model.graph))
 
 
 def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], None]) -> None:
@@ -112,15 +108,17 @@ def _save(model: ir.Model, staged: BundlePath, on_weight: Callable[[int, int], N
         done += 1
         on_weight(done, info.total)
 
-    ir.save(
-        model,
-        staged.model,
-        external_data=staged.weights.name,
-        size_threshold_bytes=_INLINE_BYTES,
-        callback=report,
-        max_workers=2,
-        max_in_flight_bytes=_IN_FLIGHT_BYTES,
-    )
+    with written_once(model.graph):
+        ir.external_data.unload_from_model(
+            model,
+            staged.model.parent,
+            staged.weights.name,
+            size_threshold_bytes=_INLINE_BYTES,
+            callback=report,
+            max_workers=2,
+            max_in_flight_bytes=_IN_FLIGHT_BYTES,
+        )
+    onnx.save(ir.to_proto(model), staged.model)
     # A graph without a single large tensor still has the file that its manifest names
     staged.weights.touch()
 

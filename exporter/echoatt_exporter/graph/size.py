@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from echoatt_exporter.graph.same_bytes import SameBytes
+
 _FLOAT_TYPES = (
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
@@ -39,10 +41,15 @@ class GraphSize:
                 quantized |= dict.fromkeys(node.inputs[1:4], 0)
                 elements = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
                 quantized[node.inputs[1]] = elements
+            elif node.op_type == "GatherBlockQuantized":
+                table, scales = node.inputs[0], node.inputs[2]
+                quantized.setdefault(scales, 0)
+                assert table is not None and table.const_value is not None  # noqa: S101, PT018
+                quantized[table] = table.const_value.size * 8 // node.attributes.get_int("bits", 4)
         parameters = size = 0
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None:
+            if tensor is None or isinstance(tensor, SameBytes):
                 continue
             size += tensor.nbytes
             if value in quantized:

@@ -25,6 +25,7 @@ from echoatt_runtime.contract.names import (
     PAST_LENGTHS,
 )
 from echoatt_runtime.contract.plan import SharingPlan, head_order_fault
+from echoatt_runtime.contract.quantisation import ROUNDINGS, Bits, Quantisation
 from echoatt_runtime.contract.specification import (
     DEVICES,
     LAYER_KINDS,
@@ -48,13 +49,16 @@ __all__ = [
     "METADATA_KEY",
     "MODEL_FILE",
     "PAST_LENGTHS",
+    "ROUNDINGS",
     "WEIGHTS",
+    "Bits",
     "BundleFile",
     "CacheSpec",
     "Dtype",
     "ElementType",
     "LayerKind",
     "Manifest",
+    "Quantisation",
     "SharingPlan",
     "SourceCheckpoint",
     "Specification",

@@ -16,6 +16,11 @@ from echoatt_runtime.contract.names import (
     PAST_LENGTHS,
 )
 from echoatt_runtime.contract.plan import SharingPlan
+from echoatt_runtime.contract.quantisation import (
+    QUANTISATION_FIELDS,
+    Quantisation,
+    quantisation_faults,
+)
 from echoatt_runtime.contract.records import Field
 from echoatt_runtime.errors import SpecificationError
 
@@ -64,6 +69,8 @@ class Specification:
         eos_token_ids: Tokens that end generation.
         pad_token_id: Token for padding, if the model has one.
         source_checkpoint: What it is made from.
+        quantisation: How the weights were rounded, where the dtype is quantised; None also in
+            bundles of versions that did not say.
         unknown: Fields that this version does not know, kept as they were read.
 
     Raises:
@@ -86,6 +93,7 @@ class Specification:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     source_checkpoint: SourceCheckpoint
+    quantisation: Quantisation | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,6 +163,8 @@ def _faults(spec: Specification) -> list[str]:
             )
     faults += spec.plan.faults(spec.layer_kinds, spec.query_heads, spec.kv_heads)
     faults += cache_faults(spec.caches, spec.plan)
+    if spec.dtype in DTYPES:
+        faults += quantisation_faults(spec.quantisation, spec.weight_dtype.bits)
     return faults + _token_faults(spec)
 
 
@@ -232,6 +242,9 @@ SPECIFICATION_FIELDS: Final = {
     "eos_token_ids": Field(_INTEGERS),
     "pad_token_id": Field(records.optional(records.integer)),
     "source_checkpoint": Field(records.record(SourceCheckpoint, _CHECKPOINT_FIELDS)),
+    "quantisation": Field(
+        records.optional(records.record(Quantisation, QUANTISATION_FIELDS)), may_be_missing=True
+    ),
 }
 
 

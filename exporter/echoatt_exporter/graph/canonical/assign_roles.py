@@ -16,6 +16,9 @@ from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.roles import Kind, Use, add_use, is_weight, set_role
 from echoatt_runtime.contract import INPUT_IDS, LOGITS
 
+# Their second input is what is looked up
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+
 logger = logging.getLogger(__name__)
 
 
@@ -141,7 +144,7 @@ def _assign_stream(
         for weight in node.inputs:
             if weight is None or not weight.is_initializer() or not is_weight(weight):
                 continue
-            if node.op_type == "Gather" and node.inputs[0] is weight:
+            if node.op_type in _LOOKUPS and weight is not node.inputs[1]:
                 add_use(weight, Use(Kind.EMBEDDING), _rows(weight, axis=0))
                 continue
             product = _product_before(node)

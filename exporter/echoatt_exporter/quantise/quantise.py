@@ -1,0 +1,112 @@
+"""From a student in float32 to one on levels of few bits, and how that was done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from echoatt_exporter.errors import ExportError
+from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE
+from echoatt_exporter.quantise.draw_windows import draw_windows
+from echoatt_exporter.quantise.round_weights import (
+    has_shared_table,
+    round_calibrated,
+    round_to_nearest,
+)
+from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
+from echoatt_runtime.contract import ROUNDINGS, Bits, Quantisation, Specification
+
+# A table that is looked up costs no time, and next to nothing of the model, at 8 bits
+_TABLE_BITS: Final = 8
+_WINDOWS: Final = 24
+_LENGTH: Final = 256
+
+# Told (what is being done, done, total)
+_OnPart = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundingChoice:
+    """How weights shall be rounded to few bits.
+
+    Attributes:
+        rounding: "calibrated", by what it does on text, or "nearest".
+        texts: Files of calibration text; without any, the model writes it.
+
+    Raises:
+        ExportError: No such rounding, or text for one that reads none.
+    """
+
+    rounding: str = "calibrated"
+    texts: Sequence[str | Path] = ()
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ExportError(
+                f"unknown rounding {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}"
+            )
+        if self.texts and self.rounding != "calibrated":
+            raise ExportError(
+                f"rounding {self.rounding!r} reads no calibration text; leave the text out, or"
+                " choose calibrated"
+            )
+
+
+def quantise_student(
+    student: EchoAttForCausalLM,
+    specification: Specification,
+    choice: RoundingChoice,
+    *,
+    model_dir: Path,
+    trust_remote_code: bool = False,
+    on_part: _OnPart = lambda _name, _done, _total: None,
+) -> Specification:
+    """Round a student's weights in place; give its specification with how that was done.
+
+    Args:
+        student: On the CPU, in float32 and in evaluation mode.
+        specification: Of the bundle; its dtype says to how many bits.
+        choice: How.
+        model_dir: Where the tokenizer for calibration text lies.
+        trust_remote_code: Run code that the checkpoint brings.
+        on_part: Told what goes on.
+
+    Raises:
+        EchoAttError: The calibration text cannot be read, or is too little.
+    """
+    bits = specification.weight_dtype.bits
+    assert bits is not None  # noqa: S101 - only quantised dtypes come here
+    table_bits: Bits = bits if has_shared_table(student) else _TABLE_BITS
+    quantisation = Quantisation(
+        rounding=choice.rounding,
+        block_size=BLOCK_SIZE,
+        bits=bits,
+        head_bits=bits,
+        embedding_bits=table_bits,
+    )
+
+    def on_weight(done: int, total: int) -> None:
+        on_part("round", done, total)
+
+    if choice.rounding == "nearest":
+        round_to_nearest(student, quantisation, on_weight)
+    else:
+        length = min(_LENGTH, specification.context_length)
+        if choice.texts:
+            texts = read_texts(choice.texts)
+            tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+            windows = sample_windows(texts, tokenizer, length=length, count=_WINDOWS)
+            origin = f"given, SHA-256 {texts_digest(texts)}"
+        else:
+            on_part("calibration text", 0, 1)
+            windows = draw_windows(
+                student, count=_WINDOWS, length=length, begin=specification.bos_token_id
+            )
+            origin = "written by the model"
+        round_calibrated(student, quantisation, windows, on_weight)
+        quantisation = dataclasses.replace(quantisation, text=origin, tokens=windows.numel())
+    return dataclasses.replace(specification, quantisation=quantisation)
