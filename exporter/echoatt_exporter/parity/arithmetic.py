@@ -1,7 +1,6 @@
-"""Lets a PyTorch module compute with other weights than its own, one module at a time.
+"""Lets a PyTorch module compute with weights that went through the block quantiser.
 
-Both uses would otherwise need a second copy of all weights: float32 arithmetic on 16-bit weights,
-and weights that went through the block quantiser.
+They are lent to one module at a time: all of them would be a second copy of the model.
 
 K inputs of a matrix product, N outputs, J blocks of K.
 """
@@ -21,36 +20,6 @@ from echoatt_exporter.families.projections import is_projection
 from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks, zero_level
 
 _Replace = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-@contextmanager
-def float32_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Let a 16-bit `model` compute in float32, within the context.
-
-    The weights keep their 16-bit values. This is what a 16-bit bundle is held against: PyTorch's
-    own 16-bit arithmetic would add rounding errors as large as the bundle's, and on a CPU its
-    matrix products of more than one row are far slower than the conversion.
-    """
-    sizes = [p.numel() for p in model.parameters() if p.dtype != torch.float32]
-    # One buffer for all: fresh memory for every weight costs more than the conversion itself
-    scratch = torch.empty(max(sizes, default=0), dtype=torch.float32)
-
-    def widen(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if name != "weight":
-            return weight.float()
-        return scratch[: weight.numel()].view(weight.shape).copy_(weight)
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if not any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
-                continue
-            if isinstance(module, nn.Embedding):
-                # The rows that are looked up are converted, not the table. A family that scales
-                # them does it in 16 bits, as in the bundle.
-                stack.callback(module.register_forward_hook(_widen_output).remove)
-            else:
-                stack.enter_context(_replaced(module, widen))
-        yield
 
 
 @contextmanager
@@ -91,10 +60,6 @@ def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]
     if bits == 4:
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
     return packed.astype(np.float32)
-
-
-def _widen_output(_module: nn.Module, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.float()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from echoatt_runtime.contract.manifest import (
     WEIGHTS,
     BundleFile,
     Manifest,
+    RoundingCost,
     Verification,
 )
 from echoatt_runtime.contract.names import (
@@ -55,6 +56,7 @@ __all__ = [
     "ElementType",
     "LayerKind",
     "Manifest",
+    "RoundingCost",
     "SharingPlan",
     "SourceCheckpoint",
     "Specification",
