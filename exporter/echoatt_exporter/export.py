@@ -30,8 +30,10 @@ from echoatt_exporter.graph import export_pipeline, run_pipeline
 from echoatt_exporter.parity import (
     ParityReport,
     ReferenceRun,
+    UnroundedRun,
     compare,
     record_reference,
+    record_unrounded,
     verified_context,
 )
 from echoatt_exporter.quantise.quantise import RoundingChoice, quantise_student
@@ -163,7 +165,14 @@ def _load_and_trace(
         dtype=graph_dtype(specification.dtype),
         trust_remote_code=trust_remote_code,
     )
+    texts: Any = {
+        "tokenizer_dir": outline.directory,
+        "max_context": verified_context(specification),
+    }
+    unrounded: UnroundedRun | None = None
     if specification.weight_dtype.bits is not None:
+        if verify:
+            unrounded = record_unrounded(student, specification, **texts)
         specification = quantise_student(
             student,
             specification,
@@ -175,12 +184,7 @@ def _load_and_trace(
     reference: ReferenceRun | None = None
     if verify:
         on_step("reference", 0, 1)
-        reference = record_reference(
-            student,
-            specification,
-            tokenizer_dir=outline.directory,
-            max_context=verified_context(specification),
-        )
+        reference = record_reference(student, specification, unrounded=unrounded, **texts)
     on_step("trace", 0, 1)
     model = trace_student(student, specification)
     del student

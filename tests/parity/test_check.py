@@ -140,12 +140,10 @@ def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any)
 
     reference = record_reference(student, specify(student), tokenizer_dir=None)
 
-    assert len(reference.texts) == 5
+    assert len(reference.texts) == 4
     for text in reference.texts:
         expected = judge.logits(text.tokens)[text.positions]
         np.testing.assert_allclose(text.logits, expected, atol=2e-4 * expected.std())
-    decode = reference.texts[1]
-    assert decode.tokens[-6:].tolist() == judge.greedy(decode.tokens[:-6], 6)
 
 
 def test_long_texts_run_in_pieces_with_the_same_result(
@@ -158,8 +156,8 @@ def test_long_texts_run_in_pieces_with_the_same_result(
 
     for whole, pieced in zip(sliding.reference.texts, pieces.texts, strict=True):
         np.testing.assert_array_equal(whole.tokens, pieced.tokens)
-        np.testing.assert_allclose(whole.logits, pieced.logits, atol=1e-3)
-        np.testing.assert_allclose(whole.contexts, pieced.contexts, atol=1e-3)
+        np.testing.assert_allclose(whole.logits, pieced.logits, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(whole.contexts, pieced.contexts, rtol=1e-6, atol=1e-6)
 
 
 def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) -> None:
@@ -168,14 +166,13 @@ def test_real_prompts_go_through_the_tokenizer(sliding: Any, stories260k: Path) 
     script = write_script(specification, stories260k)
     without = write_script(specification, None)
 
-    assert [case.name for case in script.cases] == [
-        *(case.name for case in without.cases),
-        "real prompts",
-    ]
-    prompts = [script.texts[index].tokens for index in script.cases[-1].texts]
-    assert len(prompts) == 3
+    assert [case.name for case in script.cases] == [case.name for case in without.cases]
+    prompts = [script.texts[index].tokens for index in script.prompts.texts]
     assert prompts[0][:4].tolist() == [1, 403, 407, 261]  # <s> Once upon a
-    assert len({len(prompt) for prompt in prompts}) > 1 or len(prompts[0]) == 32
+    assert [len(prompt) for prompt in prompts] == [26, 19, 36]
+    # Every one of them runs in some way
+    run = {index for case in script.cases for index in case.texts}
+    assert run == set(range(len(script.texts)))
 
 
 @pytest.mark.parametrize("context", [8, 20, 41, 193, 280, 300])
@@ -185,7 +182,7 @@ def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
     script = write_script(specification, None)
 
     for request in script.texts:
-        assert request.positions.max() < len(request.tokens) + request.greedy <= context
+        assert request.positions.max() < len(request.tokens) <= context
     for case in script.cases:
         if isinstance(case, BatchCase):
             ends = [(row.text, row.stop) for row in case.rows]
@@ -194,7 +191,7 @@ def test_no_case_leaves_the_context(sliding: Any, context: int) -> None:
             taken = np.sum(case.steps, axis=0).tolist()
             ends = list(zip(case.texts, taken, strict=True))
         for text, end in ends:
-            assert end <= len(script.texts[text].tokens) + script.texts[text].greedy
+            assert end <= len(script.texts[text].tokens)
 
 
 def _long_case(specification: Specification, max_context: int | None) -> tuple[str, list[range]]:
@@ -260,5 +257,5 @@ def test_what_is_kept_does_not_grow_with_the_context(sliding: Any) -> None:
     script = write_script(specification, None)
 
     assert max(len(text.tokens) for text in script.texts) == 100_000
-    assert max(len(text.positions) for text in script.texts) < 50
-    assert sum(len(text.positions) for text in script.texts) < 250
+    assert max(len(text.positions) for text in script.texts) < 100
+    assert sum(len(text.positions) for text in script.texts) < 200

@@ -40,10 +40,7 @@ MUTANTS = {
     "one future token seen": Mutant(
         lambda m: mutants.see_one_future_token(m, 1, 2), 1, ("prefill by 1",)
     ),
-    # Four tokens one by one do not fill the window
-    "window one too narrow": Mutant(
-        lambda m: mutants.shift_window(m, SLIDING_WINDOW, -1), 0, ("prefill by 1",)
-    ),
+    "window one too narrow": Mutant(lambda m: mutants.shift_window(m, SLIDING_WINDOW, -1), 0),
     "wrong source": Mutant(lambda m: mutants.use_wrong_source(m, 2, 0), 2),
     "one token rotated further": Mutant(
         lambda m: mutants.rotate_one_token_further(m, 4), 0, ("prefill by 1",)
@@ -79,8 +76,8 @@ def test_a_correct_bundle_passes_far_from_the_tolerance(sliding: Any, write: Any
 
     assert report.passed
     assert tuple(case.name for case in report.cases) == CASES
-    # A tenth: rounding differs from machine to machine
-    assert report.worst.excess < 0.1
+    # A fifth: rounding differs from machine to machine
+    assert report.worst.excess < 0.2
     assert all(case.first_diverging_token is None for case in report.cases)
     assert all(case.top1_agreement == 1 for case in report.cases)
     assert (report.first_diverging_layer, report.divergence) == (None, "")

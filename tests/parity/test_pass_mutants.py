@@ -26,7 +26,7 @@ LONG = f"context of {PAST_WINDOW} by 192 and 1"
 JOINING = "rows that join and leave"
 SHORT = ("prefill", "prefill by 1", "prefill by 13", "decode of 6", "ragged batch")
 CASES = (*SHORT, LONG, JOINING)
-ROUNDED = ("ragged batch, rounded weights", f"{JOINING}, rounded weights")
+ROUNDED = ", rounded weights"
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,8 @@ def test_the_correct_bundle_passes(target: Any, write: Any) -> None:
     report = compare(target.reference, write(_export(target, None), target.specification))
 
     assert report.passed, report.to_dict()
-    quantised = target.specification.dtype == "int4"
-    names = tuple(case.name for case in report.cases)
-    assert names == (*CASES, *(ROUNDED if quantised else ()))
-    exact = report.cases[-2:] if quantised else report.cases
-    assert max(case.excess for case in exact) < 0.1
+    assert tuple(case.name.removesuffix(ROUNDED) for case in report.cases) == CASES
+    assert report.worst.excess < 0.2
 
 
 @pytest.mark.parametrize(
@@ -245,9 +242,8 @@ def test_a_fault_after_a_pass_fails_and_is_located(target: Any, name: str, write
 
     report = compare(target.reference, write(_export(target, mutant), target.specification))
 
-    failed = {case.name for case in report.cases if not case.passed}
-    if target.specification.dtype == "fp32":
-        assert failed == set(CASES) - set(mutant.spared)
-    else:
-        assert failed & set(ROUNDED)
+    failed = {case.name.removesuffix(ROUNDED) for case in report.cases if not case.passed}
+    assert failed == set(CASES) - set(mutant.spared)
+    # Not by a hair: five times the tolerance
+    assert report.worst.excess > 5
     assert report.first_diverging_layer == mutant.layer

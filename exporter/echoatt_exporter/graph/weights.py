@@ -74,3 +74,16 @@ def joined_name(names: Sequence[str]) -> str:
         "+".join(parts) if index == differing[0] else parts[0]
         for index, parts in enumerate(columns)
     )
+
+
+def separate_names(joined: str) -> list[str]:
+    """The names that `joined_name` made one of."""
+    parts = [part.split("+") for part in joined.split(".")]
+    differing = [index for index, names in enumerate(parts) if len(names) > 1]
+    if len(differing) != 1:
+        return joined.split("+")
+    (index,) = differing
+    return [
+        ".".join(name if i == index else names[0] for i, names in enumerate(parts))
+        for name in parts[index]
+    ]

@@ -21,11 +21,11 @@ from echoatt_runtime.executor import Integers
 from echoatt_runtime.text import TOKENIZER_FILE, TextTokenizer
 
 _SEED = 20240914
-_PREFILL_TOKENS = 40
+_PREFILL_TOKENS = 27
 _CHUNK = 13
-_SINGLE_STEPS = 4
-_GREEDY_TOKENS = 6
-_RAGGED_TOKENS = 36
+_SINGLE_STEPS = 5
+_DECODED_TOKENS = 6
+_RAGGED_BEGIN = 5
 _RAGGED_DECODE = 2
 # Does not divide a bucket, so that a chunk begins in one bucket of the caches and ends in the next
 _LONG_CHUNK = 192
@@ -39,7 +39,9 @@ _PAST_WINDOW = 40
 # An export goes past a window when the text for it is not longer than this
 _LONGEST_VERIFIED = 1_100
 _SHORTEST_VERIFIED = 300
-_PROMPT_TOKENS = 32
+# Of different lengths, so that rows of a batch are
+_PROMPT_TOKENS = (26, 19, 36)
+_SHORTEST_PROMPT = 12
 
 _PROMPTS = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park",
@@ -54,17 +56,11 @@ class TextRequest:
 
     Attributes:
         tokens: Int64 [S].
-        greedy: How many tokens PyTorch appends, each its most likely one.
-        positions: The positions whose logits are kept, ascending, appended tokens included.
+        positions: The positions whose logits are kept, ascending.
     """
 
     tokens: Integers
-    greedy: int
     positions: Integers
-
-    def cut(self, count: int) -> TextRequest:
-        """Its first tokens only, and none that PyTorch appends."""
-        return TextRequest(self.tokens[:count], 0, self.positions[self.positions < count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +127,13 @@ class Script:
 
     Attributes:
         texts: What PyTorch runs.
-        cases: What the bundle runs.
-        rounded: The cases that a bundle with quantised weights repeats with PyTorch computing from
-            the same rounded weights.
-        rounded_texts: By index of those that they run, the tokens that they reach.
+        cases: What the bundle runs, and is judged by.
+        prompts: All texts but the long one in one batch: what quantisation costs is told of them.
     """
 
     texts: tuple[TextRequest, ...]
     cases: tuple[AnyCase, ...]
-    rounded: tuple[AnyCase, ...]
-    rounded_texts: dict[int, int]
+    prompts: Case
 
 
 def verified_context(specification: Specification) -> int:
@@ -174,61 +167,37 @@ def write_script(
     if max_context is not None:
         limit = min(limit, max_context)
     random = np.random.default_rng(_SEED)
-    texts: list[TextRequest] = []
-    cases: list[AnyCase] = []
-
-    def tokens(count: int) -> Integers:
-        return random.integers(0, specification.vocab_size, count, dtype=np.int64)
-
-    def add(text: Integers, greedy: int = 0, positions: Integers | None = None) -> int:
-        kept = np.arange(len(text) + greedy) if positions is None else positions
-        texts.append(TextRequest(text, greedy, kept))
-        return len(texts) - 1
-
-    prompts = _real_prompts(tokenizer_dir, specification.vocab_size, limit)
-
-    prefill = min(_PREFILL_TOKENS, limit)
-    first = add(tokens(prefill))
-    cases.append(Case("prefill", (first,), ((prefill,),)))
-    cases.append(Case("prefill by 1", (first,), ((1,),) * min(_SINGLE_STEPS, prefill)))
-    cases.append(Case(f"prefill by {_CHUNK}", (first,), _chunks(prefill, _CHUNK)))
-
-    greedy = min(_GREEDY_TOKENS, limit // 2)
-    begin = (prompts[0] if prompts else tokens(prefill))[: limit - greedy]
-    decode = add(begin, greedy)
-    cases.append(Case(f"decode of {greedy}", (decode,), ((len(begin),), *((1,),) * greedy)))
-
-    whole = min(_RAGGED_TOKENS, limit)
-    lengths = [max(1, (whole - _RAGGED_DECODE) // part) for part in (6, 2, 1)]
-
     window = specification.sliding_window
     grown = bucket_capacity(1, specification.context_length)
     edges = [grown] if window is None else [grown, window]
-    long, long_case = first, None
+
+    # Every case runs the beginnings of the same few texts, so that PyTorch has few tokens to run
+    prefill = min(_PREFILL_TOKENS, limit)
+    whole = random.integers(0, specification.vocab_size, limit, dtype=np.int64)
+    positions = np.arange(limit) if limit == prefill else _long_positions(limit, edges, prefill)
+    texts = [TextRequest(whole, positions)]
+    for prompt in _prompts(tokenizer_dir, specification.vocab_size, random):
+        cut = prompt[:limit]
+        texts.append(TextRequest(cut, np.arange(len(cut))))
+    lengths = [len(text.tokens) for text in texts]
+
+    decoded = min(_DECODED_TOKENS, lengths[1] // 2)
+    cases: list[AnyCase] = [
+        Case("prefill", (0,), ((prefill,),)),
+        Case("prefill by 1", (0,), ((1,),) * min(_SINGLE_STEPS, prefill)),
+        Case(f"prefill by {_CHUNK}", (0,), _chunks(prefill, _CHUNK)),
+        Case(f"decode of {decoded}", (1,), ((lengths[1] - decoded,), *((1,),) * decoded)),
+        _ragged([min(limit, _RAGGED_BEGIN + _RAGGED_DECODE), *lengths[2:]]),
+    ]
     if limit > prefill:
-        ragged_row = range(lengths[0] + _RAGGED_DECODE)
-        long = add(tokens(limit), positions=_long_positions(limit, edges, ragged_row))
         chunk = _LONG_CHUNK if limit > _LONG_CHUNK else limit // 3 + 1
         inside = window is not None and limit <= window
         remark = f", inside the window of {window}" if inside else ""
         name = f"context of {limit} by {chunk} and 1{remark}"
-        long_case = Case(name, (long,), _long_steps(limit, chunk, edges))
-
-    half = [(length + 1) // 2 for length in lengths]
-    short = [add(tokens(length + _RAGGED_DECODE)) for length in lengths[1:]]
-    rest = [length - done for length, done in zip(lengths, half, strict=True)]
-    steps = (tuple(half), tuple(rest), *((1,) * len(lengths),) * _RAGGED_DECODE)
-    # A prefill, a second chunk, decoding and a batch in one
-    ragged = Case("ragged batch", (long, *short), steps)
-    joining = _joining(long, short, [len(text.tokens) for text in texts], grown)
-    cases += [case for case in (ragged, long_case, joining) if case is not None]
-
-    if prompts:
-        rows = tuple(add(prompt) for prompt in prompts)
-        cases.append(Case("real prompts", rows, (tuple(len(prompt) for prompt in prompts),)))
-    # As few tokens as can be: PyTorch has to round every weight anew
-    reach = {long: joining.rows[0].stop} | {text: len(texts[text].tokens) for text in short}
-    return Script(tuple(texts), tuple(cases), (ragged, joining), reach)
+        cases.append(Case(name, (0,), _long_steps(limit, chunk, edges)))
+    cases.append(_joining(lengths, grown))
+    prompts = Case("prompts", tuple(range(1, len(texts))), (tuple(lengths[1:]),))
+    return Script(tuple(texts), tuple(cases), prompts)
 
 
 def _chunks(count: int, size: int) -> tuple[tuple[int, ...], ...]:
@@ -255,22 +224,35 @@ def _long_steps(count: int, size: int, edges: Sequence[int]) -> tuple[tuple[int,
     return tuple(steps)
 
 
-def _joining(long: int, short: Sequence[int], lengths: Sequence[int], grown: int) -> BatchCase:
+def _ragged(lengths: Sequence[int]) -> Case:
+    """A prefill, a second chunk, decoding and a batch in one.
+
+    Args:
+        lengths: How many tokens of the first text, the third and those behind it are run.
+    """
+    body = [max(1, length - _RAGGED_DECODE) for length in lengths]
+    half = tuple((count + 1) // 2 for count in body)
+    rest = tuple(count - done for count, done in zip(body, half, strict=True))
+    singles = ((1,) * len(lengths),) * _RAGGED_DECODE
+    texts = (0, *range(2, len(lengths) + 1))
+    return Case("ragged batch", texts, (half, rest, *singles))
+
+
+def _joining(lengths: Sequence[int], grown: int) -> BatchCase:
     """A long row that outgrows the first caches by single tokens, and short ones beside it.
 
     One of them leaves before the long one and one after it, whose place it takes in caches that
     become small again. Then another row joins.
     """
-    stop = min(lengths[long], grown + _SINGLES + 2)
-    rows = [BatchRow(long, max(1, min(grown, stop) - 2), stop, 0)]
-    one, other = short
-    for text, count, after in ((one, 4, 1), (other, 10, 1), (one, 6, _SINGLES + 4)):
+    stop = min(lengths[0], grown + _SINGLES + 2)
+    rows = [BatchRow(0, max(1, min(grown, stop) - 2), stop, 0)]
+    for text, count, after in ((2, 4, 1), (3, 10, 1), (2, 6, _SINGLES + 4)):
         prompt = lengths[text] // 2
         rows.append(BatchRow(text, prompt, min(lengths[text], prompt + count), after))
     return BatchCase("rows that join and leave", tuple(rows), slots=3, chunk=_LONG_CHUNK)
 
 
-def _long_positions(count: int, edges: Sequence[int], begin: range) -> Integers:
+def _long_positions(count: int, edges: Sequence[int], prefill: int) -> Integers:
     """Those of other cases, those run alone, those at which something changes, and a spread."""
     singles = _singles(count, edges)
     changes = [_LONG_CHUNK, count - 1, *edges]
@@ -280,19 +262,24 @@ def _long_positions(count: int, edges: Sequence[int], begin: range) -> Integers:
     spread = np.linspace(0, count - 1, _LONG_POSITIONS).astype(np.int64).tolist()
     # And the first ones of the chunks behind single tokens
     behind = [single + 1 for single in singles]
-    wanted = (*begin, *near, *joined, *singles, *behind, *spread)
+    wanted = (*range(prefill), *near, *joined, *singles, *behind, *spread)
     kept = sorted({position for position in wanted if 0 <= position < count})
     return np.array(kept, np.int64)
 
 
-def _real_prompts(directory: Path | None, vocab_size: int, limit: int) -> Sequence[Integers]:
-    if directory is None or not (directory / TOKENIZER_FILE).is_file():
-        return []
-    tokenizer = TextTokenizer.from_directory(directory)
+def _prompts(
+    directory: Path | None, vocab_size: int, random: np.random.Generator
+) -> list[Integers]:
+    """Short texts: real ones where there is a tokenizer for them."""
+    tokenizer: TextTokenizer | None = None
+    if directory is not None and (directory / TOKENIZER_FILE).is_file():
+        tokenizer = TextTokenizer.from_directory(directory)
     prompts = []
-    for text in _PROMPTS:
+    for text, count in zip(_PROMPTS, _PROMPT_TOKENS, strict=True):
+        tokens = [] if tokenizer is None else tokenizer.encode(text)
         # Some tokenizers know more tokens than their model
-        known = [token for token in tokenizer.encode(text) if token < vocab_size]
-        if known:
-            prompts.append(np.array(known[: min(_PROMPT_TOKENS, limit)], np.int64))
+        known = np.array([token for token in tokens if token < vocab_size][:count], np.int64)
+        if len(known) < _SHORTEST_PROMPT:
+            known = random.integers(0, vocab_size, count, dtype=np.int64)
+        prompts.append(known)
     return prompts

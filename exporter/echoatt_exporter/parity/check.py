@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.compare import compare
-from echoatt_exporter.parity.reference import record_reference
+from echoatt_exporter.parity.reference import (
+    UnroundedRun,
+    record_reference,
+    record_unrounded,
+)
 from echoatt_exporter.parity.report import ParityReport
+from echoatt_exporter.quantise.stored_weights import round_as_stored
 from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import graph_dtype
@@ -64,9 +70,12 @@ def check_parity(
         trust_remote_code=trust_remote_code,
     )
     _check_same_model(student, specification, path)
-    reference = record_reference(
-        student, specification, tokenizer_dir=Path(model_dir), max_context=max_context
-    )
+    texts: Any = {"tokenizer_dir": Path(model_dir), "max_context": max_context}
+    unrounded: UnroundedRun | None = None
+    if specification.weight_dtype.bits is not None:
+        unrounded = record_unrounded(student, specification, **texts)
+        round_as_stored(student, opened)
+    reference = record_reference(student, specification, unrounded=unrounded, **texts)
     del student
     gc.collect()
     return compare(reference, opened)

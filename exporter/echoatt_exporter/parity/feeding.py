@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from echoatt_exporter.parity.cases import AnyCase, BatchCase, BatchRow, Case
 from echoatt_exporter.parity.instrumented import context_name
-from echoatt_exporter.parity.reference import Floats, ReferenceText
+from echoatt_exporter.parity.reference import ReferenceText
+from echoatt_exporter.parity.yardstick import Floats
 from echoatt_runtime import SamplingParams, TextPiece
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.executor import Executor, Logits

@@ -12,16 +12,18 @@ N outputs, K inputs, T tokens, X inputs of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
 
-from echoatt_exporter.quantise.block_quantizer import OFFSETS, Bits, zero_level
+from echoatt_exporter.quantise.block_quantizer import OFFSETS, zero_level
+from echoatt_runtime.contract import Bits
 
 # Inputs whose errors are handed on to all later ones at once
 _AT_ONCE: Final = 128
 # What is added to the Gram matrix's diagonal, of its mean
-_DAMPING: Final = 0.01
+_DAMPING: Final = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,11 @@ class Inputs:
     rounded: torch.Tensor
     drift: torch.Tensor
     factor: torch.Tensor
+
+    @cached_property
+    def drift_gram(self) -> torch.Tensor:
+        """DᵀX [K, K], with D the drift and X the rounded model's inputs."""
+        return self.drift.T @ self.rounded
 
     @classmethod
     def of(cls, exact_TK: torch.Tensor, rounded_TK: torch.Tensor) -> Inputs:
@@ -83,7 +90,8 @@ def _inverse_factor(inputs_TK: torch.Tensor) -> torch.Tensor:
     # With both axes reversed, a lower factor is an upper one
     root = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
     one = torch.eye(len(root), dtype=root.dtype)
-    return torch.linalg.solve_triangular(root, one, upper=True).float()
+    inverse: torch.Tensor = torch.linalg.solve_triangular(root, one, upper=True)
+    return inverse.float()
 
 
 def _towards_exact(weight_NK: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -92,7 +100,12 @@ def _towards_exact(weight_NK: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     It is the regression W + W·DᵀX·G⁻¹, with D the drift, X the rounded model's inputs and G their
     damped Gram matrix.
     """
-    drift_NK = (inputs.drift @ weight_NK.T).T @ inputs.rounded
+    outputs, size = weight_NK.shape
+    # An LM head has more outputs than there are tokens
+    if outputs > size:
+        drift_NK = weight_NK @ inputs.drift_gram
+    else:
+        drift_NK = (inputs.drift @ weight_NK.T).T @ inputs.rounded
     return weight_NK + (drift_NK @ inputs.factor.T) @ inputs.factor
 
 

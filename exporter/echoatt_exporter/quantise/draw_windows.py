@@ -30,7 +30,7 @@ def draw_windows(
         The windows, int64 [W, S]; the same for the same weights.
     """
     random = torch.Generator().manual_seed(_SEED)
-    size = student.get_output_embeddings().weight.shape[0]
+    size: int = student.decoder.config.vocab_size
     drawn_Wn = torch.randint(size, (count, 1), generator=random)
     if begin is not None:
         drawn_Wn = torch.cat([torch.full((count, 1), begin), drawn_Wn], dim=1)

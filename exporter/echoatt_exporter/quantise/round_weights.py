@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from echoatt_exporter.families.projections import is_projection, weight_out_in
-from echoatt_exporter.quantise.block_quantizer import Bits, dequantize_blocks, quantize_blocks
+from echoatt_exporter.quantise.block_quantizer import dequantize_blocks, quantize_blocks
 from echoatt_exporter.quantise.compensate import Inputs, round_compensated
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_runtime.contract import Quantisation
+from echoatt_runtime.contract import Bits, Quantisation
 
 OnRounded = Callable[[int, int], None]
 _Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -41,7 +42,7 @@ def round_to_nearest(
         on_weight(done, len(projections))
         if module is not head:
             weight_NK = weight_out_in(module)
-            _replace(module, _nearest(weight_NK, quantisation.bits, quantisation.block_size))
+            replace_weight(module, _nearest(weight_NK, quantisation.bits, quantisation.block_size))
     _round_tables(student, quantisation, _nearest)
 
 
@@ -84,7 +85,7 @@ def round_calibrated(
 
 def has_shared_table(student: EchoAttForCausalLM) -> bool:
     """Whether the LM head is the table of embeddings, or a copy of it."""
-    head, table = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    head, table = (_table(module) for module in _tables_of(student))
     return head is table or (head.shape == table.shape and torch.equal(head, table))
 
 
@@ -94,15 +95,25 @@ def _round_tables(
     round_head: _Round,
 ) -> None:
     """Round LM head and table of embeddings: once if they are the same, else the table plainly."""
-    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    head, embedding = _tables_of(student)
     shared, size = has_shared_table(student), quantisation.block_size
-    rounded_VE = round_head(head.weight, quantisation.head_bits, size)
+    rounded_VE = round_head(_table(head), quantisation.head_bits, size)
     if not shared:
-        table_VE = _nearest(embedding.weight, quantisation.embedding_bits, size)
-        embedding.weight = nn.Parameter(table_VE, requires_grad=False)
-    head.weight = nn.Parameter(rounded_VE, requires_grad=False)
+        table_VE = _nearest(_table(embedding), quantisation.embedding_bits, size)
+        replace_weight(embedding, table_VE)
+    replace_weight(head, rounded_VE)
     if shared:
         embedding.weight = head.weight
+
+
+def _tables_of(student: EchoAttForCausalLM) -> tuple[nn.Module, nn.Module]:
+    """The LM head and the table of embeddings."""
+    return student.get_output_embeddings(), student.get_input_embeddings()
+
+
+def _table(module: nn.Module) -> torch.Tensor:
+    """The weight of either, [V, E]."""
+    return cast(torch.Tensor, module.weight)
 
 
 class _HeadReached(Exception):  # noqa: N818 - it is an outcome, not an error
@@ -121,7 +132,7 @@ class _BothCopies:
         self._hidden: torch.Tensor | None = None
         self._inputs: Inputs | None = None
 
-    def rounding(self, module: nn.Module) -> _Forward:
+    def rounding(self, module: nn.Linear | Conv1D) -> _Forward:
         """A projection's forward that rounds its weight between the two halves."""
         own: _Forward = module.forward
 
@@ -130,7 +141,7 @@ class _BothCopies:
             exact_BSN = own(exact_BSK)
             bits, size = self._quantisation.bits, self._quantisation.block_size
             inputs = self.inputs(hidden_BSK)
-            _replace(module, round_compensated(weight_out_in(module), inputs, bits, size))
+            replace_weight(module, round_compensated(weight_out_in(module), inputs, bits, size))
             return torch.cat([exact_BSN, own(rounded_BSK)])
 
         return forward
@@ -169,9 +180,9 @@ def _nearest(weight_NK: torch.Tensor, bits: Bits, block_size: int) -> torch.Tens
     return rounded_NK[:, : weight_NK.shape[1]].contiguous()
 
 
-def _replace(module: nn.Module, weight_NK: torch.Tensor) -> None:
-    """Give a projection another weight."""
-    own = weight_NK if isinstance(module, nn.Linear) else weight_NK.T.contiguous()
+def replace_weight(module: nn.Module, weight_NK: torch.Tensor) -> None:
+    """Give a projection, or a table of rows, another weight."""
+    own = weight_NK.T.contiguous() if isinstance(module, Conv1D) else weight_NK
     module.weight = nn.Parameter(own, requires_grad=False)
 
 

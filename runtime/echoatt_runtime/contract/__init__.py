@@ -14,6 +14,7 @@ from echoatt_runtime.contract.manifest import (
     WEIGHTS,
     BundleFile,
     Manifest,
+    RoundingCost,
     Verification,
 )
 from echoatt_runtime.contract.names import (
@@ -59,6 +60,7 @@ __all__ = [
     "LayerKind",
     "Manifest",
     "Quantisation",
+    "RoundingCost",
     "SharingPlan",
     "SourceCheckpoint",
     "Specification",

@@ -64,15 +64,38 @@ class BundleFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundingCost:
+    """How far a bundle with quantised weights is from the checkpoint's own; no judgement.
+
+    Attributes:
+        positions: Tokens of text that it was measured on.
+        mean_kl: Mean Kullback-Leibler divergence of the next-token distributions, in nats.
+        top1_agreement: Fraction of positions with the same most likely token.
+        rms_error: Root mean square of the logits' differences, in units of their standard deviation
+            over the vocabulary.
+        unknown: Fields that this version does not know, kept as they were read.
+    """
+
+    positions: int
+    mean_kl: float
+    top1_agreement: float
+    rms_error: float
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """How a bundle was compared with the PyTorch model before it was published.
 
     Attributes:
         provider: ONNX Runtime execution provider that ran the bundle.
         passed: Whether every case stayed within the tolerance.
-        tolerance: Largest absolute logit difference allowed.
+        method: What was compared with what, and what was allowed, in words; None if that was not
+            recorded.
+        tolerance: Absolute logit difference allowed where the largest was seen.
         max_abs_error: Largest absolute logit difference seen.
         cases: Number of cases compared.
+        rounding_cost: What quantised weights cost; None for others, or if it was not recorded.
         unknown: Fields that this version does not know, kept as they were read.
     """
 
@@ -81,6 +104,8 @@ class Verification:
     tolerance: float
     max_abs_error: float
     cases: int
+    method: str | None = None
+    rounding_cost: RoundingCost | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -263,12 +288,23 @@ _FILE_FIELDS: Final = {
     "sha256": Field(records.optional(records.text)),
 }
 
+_ROUNDING_COST_FIELDS: Final = {
+    "positions": Field(records.integer),
+    "mean_kl": Field(records.number),
+    "top1_agreement": Field(records.number),
+    "rms_error": Field(records.number),
+}
+
 _VERIFICATION_FIELDS: Final = {
     "provider": Field(records.text),
     "passed": Field(records.boolean),
     "tolerance": Field(records.number),
     "max_abs_error": Field(records.number),
     "cases": Field(records.integer),
+    "method": Field(records.optional(records.text), may_be_missing=True),
+    "rounding_cost": Field(
+        records.optional(records.record(RoundingCost, _ROUNDING_COST_FIELDS)), may_be_missing=True
+    ),
 }
 
 _MANIFEST_FIELDS: Final = {

@@ -54,9 +54,14 @@ def quantisation_faults(quantisation: Quantisation | None, bits: int | None) -> 
         faults.append("quantisation is there although the dtype is not quantised")
     elif quantisation.bits != bits:
         faults.append(f"quantisation.bits is {quantisation.bits}, and the dtype has {bits}")
-    for name in ("bits", "head_bits", "embedding_bits"):
-        if (number := getattr(quantisation, name)) not in _BITS:
-            faults.append(f"quantisation.{name} is {number}, not 4 or 8")
+    numbers = {
+        name: getattr(quantisation, name) for name in ("bits", "head_bits", "embedding_bits")
+    }
+    faults += [
+        f"quantisation.{name} is {number}, not 4 or 8"
+        for name, number in numbers.items()
+        if number not in _BITS
+    ]
     if quantisation.block_size not in _BLOCK_SIZES:
         faults.append(f"quantisation.block_size is {quantisation.block_size}")
     if quantisation.rounding not in ROUNDINGS:
