@@ -19,6 +19,8 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 
 _STEPS = {
     "load": "loading the checkpoint",
+    "calibration text": "writing calibration text",
+    "round": "rounding the weights",
     "reference": "running PyTorch for the comparison",
     "trace": "tracing the graph",
     "passes": "rewriting the graph",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from echoatt_runtime.contract import DEVICES, DTYPES
+from echoatt_runtime.contract import DEVICES, DTYPES, ROUNDINGS
 
 if TYPE_CHECKING:
-    from echoatt_exporter import SharingPlan
+    from echoatt_exporter import RoundingChoice, SharingPlan
 
 HELP = "export a checkpoint as a verified bundle"
 
@@ -25,6 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default="fp32",
         help="of the weights (default fp32; int8 and int4 in blocks of 32)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help="of int8 and int4: by what it does on calibration text (default), or to the nearest",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        nargs="+",
+        default=(),
+        help="calibration text (default: the model writes it)",
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="what the bundle is for")
     parser.add_argument(
@@ -59,6 +71,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def _rounding(arguments: argparse.Namespace) -> RoundingChoice | None:
+    """What was chosen of the rounding; None if nothing was."""
+    from echoatt_exporter import RoundingChoice
+
+    if arguments.rounding is None and not arguments.calibration:
+        return None
+    return RoundingChoice(
+        rounding=arguments.rounding or "calibrated", texts=tuple(arguments.calibration)
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Export, and say what was done."""
     from echoatt_cli.console import progress, show_export
@@ -71,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             read_plan(arguments),
             dtype=arguments.dtype,
             device=arguments.device,
+            rounding=_rounding(arguments),
             verify=not arguments.no_verify,
             force=arguments.force,
             trust_remote_code=arguments.trust_remote_code,

@@ -23,6 +23,7 @@ from echoatt_exporter.errors import (
 from echoatt_exporter.export import export_bundle
 from echoatt_exporter.export_report import ExportReport
 from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
+from echoatt_exporter.quantise.quantise import RoundingChoice
 from echoatt_exporter.rewrite import rewrite_bundle
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import (
@@ -49,6 +50,7 @@ __all__ = [
     "ParityError",
     "ParityReport",
     "PlanError",
+    "RoundingChoice",
     "SharingPlan",
     "TextError",
     "TrainingError",

@@ -1,6 +1,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.quantisation import to_nearest
 
 from echoatt_exporter.graph import GraphSize
 from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
@@ -72,7 +73,7 @@ def test_quantised_weights_are_cut_with_scales_and_zero_points(
     model = tiny.build()
     RewireProbabilities(PLAN)(model)
     # As it is in a bundle; of weights that are not packed nothing is cut
-    QuantizeWeights(bits).call(model)
+    QuantizeWeights(to_nearest(bits)).call(model)
     add_zero_points(model)
     RemoveDeadBranches(PLAN)(model)
     expected = evaluate(model, tiny.feeds())
@@ -142,7 +143,7 @@ def test_what_is_left_keeps_its_role(model_of, bits):
     )
     set_role(model.graph.initializers["w"], [queries, keys, values] * 2)
     if bits is not None:
-        QuantizeWeights(bits)(model)
+        QuantizeWeights(to_nearest(bits))(model)
     assert CutPackedWeights()(model).modified
     assert [role_of(value) for value in model.graph.initializers.values() if is_weight(value)] == [
         (keys, values, keys, values)

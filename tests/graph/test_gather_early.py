@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.quantisation import to_nearest
 
 from echoatt_exporter.graph.canonical.fuse_rms_norm import FuseRmsNorm
 from echoatt_exporter.graph.lowering.fuse_skip_rms_norm import FuseSkipRmsNorm
@@ -169,7 +170,7 @@ def test_a_decoders_last_layer_computes_the_wanted_rows_behind_its_attention(
     def built():
         model = decoder(hidden=32).build()
         passes = [FuseRmsNorm(), FuseSkipRmsNorm(), PackProjections()]
-        for transform in passes + ([QuantizeWeights(4)] if dtype == "int4" else []):
+        for transform in passes + ([QuantizeWeights(to_nearest(4))] if dtype == "int4" else []):
             assert transform(model).modified
         return model
 

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.quantisation import to_nearest
 
 from echoatt_exporter.errors import ExportError, PropertyError
 from echoatt_exporter.graph import (
@@ -39,7 +40,7 @@ def moved(pipeline, name, before):
     ("name", "before", "late", "lacking"),
     [
         ("LiftConstantsToInitializersPass", "FuseRmsNorm", "Deduplicate", "CONSTANTS_LIFTED"),
-        ("AssignRoles", "ClearMetadata", "CheckContract", "ROLES_ASSIGNED"),
+        ("AssignRoles", "ClearMetadata", "QuantizeTable", "ROLES_ASSIGNED"),
         ("RemoveDeadBranches", "RewireProbabilities", "RemoveDead", "PLAN_APPLIED"),
         ("CutPackedWeights", "RemoveDeadBranches", "CutPackedWeights", "NO_DEAD_KEYS"),
         ("PackProjections", "RewireProbabilities", "PackProjections", "COLUMNS_CUT"),
@@ -166,7 +167,7 @@ def test_each_predicate_fails_where_the_property_is_lacking(decoder, model_of, w
         def call(self, model):
             raise AssertionError("it ran")
 
-    giving = CommonPass(QuantizeWeights(4), gives={wanted})
+    giving = CommonPass(QuantizeWeights(to_nearest(4)), gives={wanted})
     giving.call = lambda model: ir.passes.PassResult(model, modified=False)
     reason = LACKING[wanted][1]
     step = PassStep(transform=Needing(), why="a test")

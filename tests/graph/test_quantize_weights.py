@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.quantisation import to_nearest
 from tests.wording import says
 
 from echoatt_exporter.graph import GraphSize
@@ -40,7 +41,7 @@ def dequantized(node, K, bits):
 def test_weights_are_quantised_within_a_step(model_of, evaluate, ops, bits, K):
     weight = RNG.standard_normal((K, 24)).astype(np.float32)
     model = product(model_of, weight)
-    assert QuantizeWeights(bits)(model).modified
+    assert QuantizeWeights(to_nearest(bits))(model).modified
     assert ops(model) == {"MatMulNBits": 1}
     (node,) = model.graph
     assert len(node.inputs) == 3
@@ -68,7 +69,7 @@ def test_weights_are_quantised_within_a_step(model_of, evaluate, ops, bits, K):
 def test_float16_weights_keep_float16_scales(model_of, evaluate):
     weight = RNG.standard_normal((64, 16)).astype(np.float16)
     model = product(model_of, weight, dtype="float16")
-    assert QuantizeWeights(8)(model).modified
+    assert QuantizeWeights(to_nearest(8))(model).modified
     (node,) = model.graph
     assert node.inputs[2].dtype == ir.DataType.FLOAT16
     x = RNG.standard_normal((3, 64)).astype(np.float16)
@@ -78,17 +79,17 @@ def test_float16_weights_keep_float16_scales(model_of, evaluate):
 
 
 def test_a_weight_is_quantised_when_it_is_written_once_and_not_kept(model_of, monkeypatch):
-    from echoatt_exporter.graph.lowering import quantize_weights
+    from echoatt_exporter.graph.lowering import quantized_weight
 
     calls = []
-    original = quantize_weights._QuantizedWeight._quantize
+    original = quantized_weight.quantize_blocks
     monkeypatch.setattr(
-        quantize_weights._QuantizedWeight,
-        "_quantize",
-        lambda self: calls.append(1) or original(self),
+        quantized_weight,
+        "quantize_blocks",
+        lambda *arguments: calls.append(1) or original(*arguments),
     )
     model = product(model_of, RNG.standard_normal((64, 16)).astype(np.float32))
-    QuantizeWeights(4)(model)
+    QuantizeWeights(to_nearest(4))(model)
     assert GraphSize.of(model).bytes == 16 * 2 * 16 + 16 * 2 * 4
     assert calls == []
     (node,) = model.graph
@@ -106,7 +107,7 @@ def test_two_products_of_one_weight_share_it(model_of, evaluate, ops):
         "{ y = MatMul(x, w)\n v = MatMul(z, w) }",
         {"w": weight},
     )
-    assert QuantizeWeights(8)(model).modified
+    assert QuantizeWeights(to_nearest(8))(model).modified
     assert ops(model) == {"MatMulNBits": 2}
     first, second = model.graph
     assert first.inputs[1:] == second.inputs[1:]
@@ -119,7 +120,7 @@ def test_a_table_that_is_also_looked_up_stays_float(model_of, evaluate, ops):
         model_of, weight,
         "float", "index = Constant<value_ints=[3]>()\n row = Gather(w, index)", ", float[1,16] row",
     )  # fmt: skip
-    assert QuantizeWeights(4)(model).modified
+    assert QuantizeWeights(to_nearest(4))(model).modified
     assert ops(model) == {"MatMulNBits": 1, "Gather": 1, "Constant": 1}
     result = evaluate(model, {"x": np.zeros((1, 32), np.float32)})
     np.testing.assert_array_equal(result["row"], weight[3:4])
@@ -150,12 +151,6 @@ def test_other_products_are_left_alone(model_of, ops, caplog, text, weight, reas
     model = model_of(text, {"w": weight})
     before = ops(model)
     with caplog.at_level("DEBUG", "echoatt_exporter"):
-        assert not QuantizeWeights(4)(model).modified
+        assert not QuantizeWeights(to_nearest(4))(model).modified
     assert ops(model) == before
     assert says(caplog.text, reason)
-
-
-@pytest.mark.parametrize("arguments", [{"bits": 3}, {"bits": 4, "block_size": 48}])
-def test_what_the_operator_does_not_know_is_an_error(arguments):
-    with pytest.raises(ValueError, match="expected"):
-        QuantizeWeights(**arguments)

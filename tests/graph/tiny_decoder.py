@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from tests.quantisation import to_nearest
 
 from echoatt_runtime.contract import (
     DTYPES,
@@ -226,6 +227,7 @@ class Decoder:
             eos_token_ids=(2,),
             pad_token_id=None,
             source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
+            quantisation=None if (bits := DTYPES[dtype].bits) is None else to_nearest(bits),
         )
 
     def feeds(self, tokens: int = 3) -> dict[str, np.ndarray]:

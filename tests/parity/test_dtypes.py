@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -11,38 +12,51 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from echoatt_exporter.parity.arithmetic import quantised_weights, round_trip
 from tests.parity import mutants
-from transformers.pytorch_utils import Conv1D
+from tests.quantisation import to_nearest
 
+from echoatt_exporter.graph.canonical.assign_roles import AssignRoles
+from echoatt_exporter.graph.lowering.quantize_table import QuantizeTable
 from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
-from echoatt_exporter.parity import compare, record_reference
+from echoatt_exporter.parity import compare, record_reference, record_unrounded
 from echoatt_exporter.parity.precision import Precision
-from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE, quantize_blocks
+from echoatt_exporter.quantise.block_quantizer import (
+    BLOCK_SIZE,
+    dequantize_blocks,
+    quantize_blocks,
+)
+from echoatt_exporter.quantise.round_weights import round_to_nearest
 from echoatt_exporter.share.apply import share_attention
-from echoatt_runtime.contract import SharingPlan
+from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import DamagedBundleError
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def quantised(request: Any, sliding: Any) -> Any:
     """The sliding-window model as an int8 and int4 bundle's manifest and reference."""
-    specification = dataclasses.replace(sliding.specification, dtype=request.param)
-    return dataclasses.replace(
-        sliding,
-        specification=specification,
-        reference=record_reference(sliding.student, specification, tokenizer_dir=None),
+    bits: Literal[4, 8] = 8 if request.param == "int8" else 4
+    specification = dataclasses.replace(
+        sliding.specification,
+        dtype=request.param,
+        quantisation=to_nearest(bits),
     )
+    student = copy.deepcopy(sliding.student)
+    unrounded = record_unrounded(student, specification, tokenizer_dir=None)
+    round_to_nearest(student, specification.quantisation, lambda _done, _total: None)
+    reference = record_reference(student, specification, tokenizer_dir=None, unrounded=unrounded)
+    return dataclasses.replace(sliding, specification=specification, reference=reference)
 
 
-def _quantise(model: ir.Model, dtype: str) -> ir.Model:
-    bits: Literal[4, 8] = 8 if dtype == "int8" else 4
-    assert QuantizeWeights(bits).call(model).modified
+def _quantise(model: ir.Model, specification: Specification) -> ir.Model:
+    assert specification.quantisation is not None
+    AssignRoles().call(model)
+    assert QuantizeTable(specification.quantisation).call(model).modified
+    assert QuantizeWeights(specification.quantisation).call(model).modified
     return model
 
 
 def test_a_quantised_bundle_is_judged_by_its_rounded_weights(quantised: Any, write: Any) -> None:
-    model = _quantise(ir.load(quantised.graph_file), quantised.specification.dtype)
+    model = _quantise(ir.load(quantised.graph_file), quantised.specification)
 
     report = compare(quantised.reference, write(model, quantised.specification))
 
@@ -62,7 +76,7 @@ def test_a_fault_smaller_than_what_rounding_costs_fails(quantised: Any, write: A
 
     report = compare(
         quantised.reference,
-        write(_quantise(model, quantised.specification.dtype), quantised.specification),
+        write(_quantise(model, quantised.specification), quantised.specification),
     )
 
     assert not any(case.passed for case in report.cases)
@@ -103,7 +117,7 @@ def test_rounded_weights_are_those_that_the_operator_multiplies_by(
 
     (found_KN,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
 
-    expected_NK = round_trip(weight_NK, bits)
+    expected_NK = dequantize_blocks(quantize_blocks(weight_NK.T, bits, block), bits)[:, :inputs]
     np.testing.assert_allclose(found_KN.T, expected_NK, atol=1e-6)
     assert np.abs(expected_NK - weight_NK).max() > 1e-3
 
@@ -175,27 +189,3 @@ def test_a_module_computes_in_a_wider_precision_than_its_weights(
     distance = (narrow - expected).abs().max() / expected.std()
     assert 1e-8 < distance < 1e-4
     assert after == before
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_weight_stored_the_other_way_round_is_rounded_alike(bits: Literal[4, 8]) -> None:
-    linear, conv1d = torch.nn.Linear(40, 6), Conv1D(6, 40)
-    conv1d.weight.data = linear.weight.data.T.clone()
-    conv1d.bias = linear.bias
-    hidden = torch.randn(3, 40)
-    own = conv1d(hidden)
-    with torch.inference_mode(), quantised_weights(torch.nn.ModuleList([linear, conv1d]), bits):
-        found, expected = conv1d(hidden), linear(hidden)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, own)
-
-
-def test_weights_come_back_after_a_failure(tiny_model: Any) -> None:
-    student = share_attention(tiny_model("llama"), SharingPlan.unshared(6))
-    before = {name: id(p) for name, p in student.named_parameters()}
-    with pytest.raises(IndexError), quantised_weights(student, 4):
-        student(torch.tensor([[10_000]]))
-    with pytest.raises(RuntimeError), quantised_weights(student, 4):
-        student.decoder.model.layers[0].mlp.up_proj(torch.zeros(1, 3))
-
-    assert {name: id(p) for name, p in student.named_parameters()} == before

@@ -35,8 +35,6 @@ def check_room(place: Path, needed: int) -> None:
 def least_bytes(outline: CheckpointOutline, dtype: str) -> int:
     """What a checkpoint's weights take at least in a bundle, by its files' headers.
 
-    Not counted is what an export may add, such as the quantised copy of a tied table.
-
     Args:
         outline: The checkpoint and the plan.
         dtype: A key of `DTYPES`.
@@ -52,7 +50,7 @@ def least_bytes(outline: CheckpointOutline, dtype: str) -> int:
     compute: int = DTYPES[dtype].compute.bytes
     if bits is None:
         return elements * compute
-    # What is looked up keeps its element type
+    # Where the LM head is a copy of the table of embeddings, both are stored as one
     table: int = min(elements, shape["vocab_size"] * hidden)
-    quantised = elements - table
-    return table * compute + quantised * bits // 8 + quantised // BLOCK_SIZE * _SCALE_BYTES
+    once = elements - table
+    return once * bits // 8 + once // BLOCK_SIZE * _SCALE_BYTES

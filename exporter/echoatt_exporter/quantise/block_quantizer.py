@@ -105,9 +105,6 @@ def _largest(blocks_NJX: Floats) -> Floats:
 
 def _levels(blocks_NJX: Floats, bits: Bits) -> tuple[npt.NDArray[np.uint8], Floats]:
     """The levels [N, J, X] that blocks lie on already, else the nearest, and scales [N, J]."""
-    if bits == 8:
-        # Nothing but rounding to the nearest leaves blocks of 8 bits, which finds them again
-        return _nearest(blocks_NJX, bits)
     outermost = zero_level(bits)
     levels_NJX = np.full(blocks_NJX.shape, outermost, np.uint8)
     scales_NJ = np.zeros(blocks_NJX.shape[:2], np.float32)

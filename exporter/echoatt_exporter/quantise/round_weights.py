@@ -85,7 +85,7 @@ def round_calibrated(
 
 def has_shared_table(student: EchoAttForCausalLM) -> bool:
     """Whether the LM head is the table of embeddings, or a copy of it."""
-    head, table = (_table(module) for module in _tables_of(student))
+    head, table = (_table(module) for module in tables_of(student))
     return head is table or (head.shape == table.shape and torch.equal(head, table))
 
 
@@ -95,7 +95,7 @@ def _round_tables(
     round_head: _Round,
 ) -> None:
     """Round LM head and table of embeddings: once if they are the same, else the table plainly."""
-    head, embedding = _tables_of(student)
+    head, embedding = tables_of(student)
     shared, size = has_shared_table(student), quantisation.block_size
     rounded_VE = round_head(_table(head), quantisation.head_bits, size)
     if not shared:
@@ -106,7 +106,7 @@ def _round_tables(
         embedding.weight = head.weight
 
 
-def _tables_of(student: EchoAttForCausalLM) -> tuple[nn.Module, nn.Module]:
+def tables_of(student: EchoAttForCausalLM) -> tuple[nn.Module, nn.Module]:
     """The LM head and the table of embeddings."""
     return student.get_output_embeddings(), student.get_input_embeddings()
 

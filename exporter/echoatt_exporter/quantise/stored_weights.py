@@ -23,6 +23,7 @@ from echoatt_exporter.quantise.round_weights import (
     has_shared_table,
     replace_weight,
     round_to_nearest,
+    tables_of,
 )
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.bundle import Bundle
@@ -54,7 +55,7 @@ def round_as_stored(student: EchoAttForCausalLM, bundle: Bundle) -> None:
 def _take_stored_weights(student: EchoAttForCausalLM, bundle: Bundle) -> None:
     """Replace weights by what a bundle holds for them, after a look at how far that is."""
     modules = dict(student.decoder.named_modules())
-    shared = has_shared_table(student)
+    tables, shared = tables_of(student), has_shared_table(student)
     for name, bits, blocks in _quantised(ir.load(bundle.model).graph):
         rounded_NK = torch.from_numpy(dequantize_blocks(blocks, bits))
         parts = [part.removesuffix(".weight") for part in separate_names(name)]
@@ -76,9 +77,8 @@ def _take_stored_weights(student: EchoAttForCausalLM, bundle: Bundle) -> None:
                     f" from the checkpoint's, and {bits} bits explain {_FARTHEST[bits]}; export the"
                     " model again"
                 )
-            replace_weight(module, taken_nK)
-    if shared:
-        student.get_output_embeddings().weight = student.get_input_embeddings().weight
+            for same in tables if module in tables and shared else (module,):
+                replace_weight(same, taken_nK)
 
 
 def _quantised(graph: ir.Graph) -> Iterator[tuple[str, Bits, QuantizedBlocks]]:

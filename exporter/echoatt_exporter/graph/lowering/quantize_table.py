@@ -61,12 +61,12 @@ class QuantizeTable(RewritePass):
         need(tensor.dtype in QUANTISABLE, f"{table.name} is {tensor.dtype}")
         need(node.attributes.get_int("axis", 0) == 0, "not rows are looked up")
         need(len(table.uses()) == 1, f"{table.name} is used elsewhere too")
-        role = role_of(table)
-        kinds = {use.kind for part in role for use in part.uses}
-        need(Kind.EMBEDDING in kinds, f"{table.name} holds no embeddings")
         features = int(tensor.shape.numpy()[1])
         size = self._quantisation.block_size
         need(features % size == 0, f"rows of {features} are not whole blocks of {size}")
+        role = role_of(table)
+        kinds = {use.kind for part in role for use in part.uses}
+        need(Kind.EMBEDDING in kinds, f"{table.name} holds no embeddings")
 
         head = _head(graph, tensor)
         chosen, name = self._quantisation, str(table.name)

@@ -1,0 +1,197 @@
+"""Bundles in int8 and int4: how large, how rounded, how held against their checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from echoatt_exporter import (
+    ExportError,
+    ExportReport,
+    ParityError,
+    RoundingChoice,
+    TextError,
+    check_parity,
+    export_bundle,
+    rewrite_bundle,
+)
+from echoatt_runtime import EchoModel
+from echoatt_runtime.bundle import Bundle, read_onnx_file
+
+TABLE = "lm_head.weight.q"
+SHAPE = {
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": True,
+    "vocab_size": 200,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+}
+PAIRS = "2:1,3:1"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Llama of 4 layers."""
+    path: Path = tmp_path_factory.mktemp("checkpoint")
+    tiny_model("llama", **SHAPE).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """Exported as it is by default."""
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("int4") / "tiny.onnx", dtype="int4")
+
+
+def test_a_tied_table_is_stored_once(calibrated: ExportReport) -> None:
+    tensors = {tensor.name: tensor for tensor in read_onnx_file(calibrated.model).external}
+    table, rows = tensors[TABLE], tensors[f"{TABLE}.rows"]
+    assert (table.offset, table.length) == (rows.offset, rows.length)
+    assert (table.dims, rows.dims) == ((200, 4, 16), (200, 64))
+    stored = sum(tensor.length or 0 for tensor in tensors.values()) - (table.length or 0)
+    assert calibrated.manifest.weights.bytes == stored
+    # 4 bits and a 32nd of a float32 an element, and the padding of the output projections
+    assert stored < 0.65 * calibrated.parameters
+
+
+def test_a_bundle_says_how_it_was_rounded(calibrated: ExportReport) -> None:
+    found = json.loads(calibrated.to_json())["manifest"]["specification"]["quantisation"]
+    assert found == {
+        "rounding": "calibrated", "block_size": 32, "bits": 4, "head_bits": 4,
+        "embedding_bits": 4, "text": "written by the model", "tokens": 24 * 64,
+    }  # fmt: skip
+    verification = calibrated.manifest.verification
+    assert verification is not None
+    assert verification.passed
+    assert verification.rounding_cost is not None
+
+
+def test_parity_holds_a_calibrated_bundle_by_its_own_weights(
+    calibrated: ExportReport, checkpoint: Path
+) -> None:
+    report = check_parity(checkpoint, calibrated.model, max_context=40)
+    assert report.passed
+    assert report.unrounded is not None
+    assert report.unrounded.mean_kl > 0
+
+
+def test_weights_that_no_rounding_explains_are_refused(
+    calibrated: ExportReport, checkpoint: Path, tmp_path: Path
+) -> None:
+    for path in calibrated.model.parent.iterdir():
+        shutil.copyfile(path, tmp_path / path.name)
+    model = tmp_path / calibrated.model.name
+    (scales,) = (
+        tensor
+        for tensor in read_onnx_file(model).external
+        if tensor.name == "model.layers.1.mlp.down_proj.weight.scales"
+    )
+    weights = np.memmap(model.with_name(scales.location), np.uint8, "r+")
+    part = weights[scales.offset : scales.offset + (scales.length or 0)].view(np.float32)
+    part *= -1
+    weights.flush()
+    with pytest.raises(ParityError, match=r"weights of model\.layers\.1\.mlp\.down_proj are 2"):
+        check_parity(checkpoint, model, max_context=40)
+
+
+def test_another_checkpoints_bundle_is_refused(
+    calibrated: ExportReport, tiny_model: Any, tmp_path: Path
+) -> None:
+    other = tiny_model("llama", seed=9, **SHAPE)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ParityError, match="away from the checkpoint's"):
+        check_parity(tmp_path, calibrated.model, max_context=40)
+
+
+def test_a_rewritten_bundle_stores_the_table_once_too(
+    calibrated: ExportReport, checkpoint: Path, tmp_path: Path
+) -> None:
+    report = rewrite_bundle(calibrated.model, tmp_path / "shared.onnx", PAIRS)
+    tensors = {tensor.name: tensor for tensor in read_onnx_file(report.model).external}
+    assert tensors[TABLE].offset == tensors[f"{TABLE}.rows"].offset
+    before, after = (
+        bundle.manifest.weights.bytes
+        for bundle in (Bundle.open(calibrated.model), Bundle.open(report.model))
+    )
+    assert before is not None
+    assert after is not None
+    assert after < before
+    assert report.manifest.specification.quantisation == (
+        calibrated.manifest.specification.quantisation
+    )
+    # The followers' values were cut out of packed weights
+    assert check_parity(checkpoint, report.model, max_context=40).passed
+
+
+def test_rounding_to_the_nearest_is_done_again_for_parity(checkpoint: Path, tmp_path: Path) -> None:
+    report = export_bundle(
+        checkpoint,
+        tmp_path / "tiny.onnx",
+        PAIRS,
+        dtype="int8",
+        rounding=RoundingChoice(rounding="nearest"),
+    )
+    quantisation = report.manifest.specification.quantisation
+    assert quantisation is not None
+    assert (quantisation.rounding, quantisation.text, quantisation.tokens) == ("nearest", None, 0)
+    assert check_parity(checkpoint, report.model, max_context=40).passed
+    assert EchoModel.load(report.model).logits([1, 2, 3]).shape == (3, 200)
+
+
+def test_calibration_text_can_be_given(stories260k: Path, shared_dir: Path, tmp_path: Path) -> None:
+    text = shared_dir / "data" / "tinystories.txt"
+    report = export_bundle(
+        stories260k,
+        tmp_path / "stories.onnx",
+        dtype="int4",
+        rounding=RoundingChoice(texts=[text]),
+        verify=False,
+    )
+    quantisation = report.manifest.specification.quantisation
+    assert quantisation is not None
+    assert quantisation.text is not None
+    assert quantisation.text.startswith("given, SHA-256 ")
+    assert quantisation.tokens == 24 * 256
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"dtype": "fp32", "rounding": {"rounding": "nearest"}},
+            ExportError,
+            "fp32 rounds no weights",
+        ),
+        (
+            {"dtype": "int4", "rounding": {"rounding": "stochastic"}},
+            ExportError,
+            "unknown rounding 'stochastic'",
+        ),
+        (
+            {"dtype": "int4", "rounding": {"rounding": "nearest", "texts": ["a.txt"]}},
+            ExportError,
+            "reads no calibration text",
+        ),
+        (
+            {"dtype": "int4", "rounding": {"texts": ["/nowhere.txt"]}},
+            TextError,
+            "/nowhere.txt",
+        ),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        export_bundle(
+            checkpoint,
+            tmp_path / "out.onnx",
+            dtype=options["dtype"],
+            rounding=RoundingChoice(**options["rounding"]),
+        )
+    assert not list(tmp_path.iterdir())
