@@ -20,6 +20,7 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 _STEPS = {
     "load": "loading the checkpoint",
     "calibration text": "writing calibration text",
+    "widths": "choosing weights to widen",
     "round": "rounding the weights",
     "reference": "running PyTorch for the comparison",
     "trace": "tracing the graph",

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         help="calibration text (default: the model writes it)",
     )
+    parser.add_argument(
+        "--max-megabytes",
+        metavar="N",
+        type=float,
+        help="let int4 widen the weights that cost most to 8 bits, up to N MB of files in all",
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="what the bundle is for")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare with PyTorch before publishing"
@@ -75,10 +81,13 @@ def _rounding(arguments: argparse.Namespace) -> RoundingChoice | None:
     """What was chosen of the rounding; None if nothing was."""
     from echoatt_exporter import RoundingChoice
 
-    if arguments.rounding is None and not arguments.calibration:
+    chosen = (arguments.rounding, arguments.calibration or None, arguments.max_megabytes)
+    if chosen == (None, None, None):
         return None
     return RoundingChoice(
-        rounding=arguments.rounding or "calibrated", texts=tuple(arguments.calibration)
+        rounding=arguments.rounding or "calibrated",
+        texts=tuple(arguments.calibration),
+        max_megabytes=arguments.max_megabytes,
     )
 
 

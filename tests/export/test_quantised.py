@@ -20,6 +20,7 @@ from echoatt_exporter import (
     export_bundle,
     rewrite_bundle,
 )
+from echoatt_exporter.graph.weights import separate_names
 from echoatt_runtime import EchoModel
 from echoatt_runtime.bundle import Bundle, read_onnx_file
 
@@ -63,7 +64,7 @@ def test_a_bundle_says_how_it_was_rounded(calibrated: ExportReport) -> None:
     found = json.loads(calibrated.to_json())["manifest"]["specification"]["quantisation"]
     assert found == {
         "rounding": "calibrated", "block_size": 32, "bits": 4, "head_bits": 4,
-        "embedding_bits": 4, "text": "written by the model", "tokens": 24 * 64,
+        "embedding_bits": 4, "wide": [], "text": "written by the model", "tokens": 24 * 64,
     }  # fmt: skip
     verification = calibrated.manifest.verification
     assert verification is not None
@@ -141,6 +142,49 @@ def test_rounding_to_the_nearest_is_done_again_for_parity(checkpoint: Path, tmp_
     assert (quantisation.rounding, quantisation.text, quantisation.tokens) == ("nearest", None, 0)
     assert check_parity(checkpoint, report.model, max_context=40).passed
     assert EchoModel.load(report.model).logits([1, 2, 3]).shape == (3, 200)
+
+
+def test_a_larger_bundle_may_be_allowed(checkpoint: Path, tmp_path: Path) -> None:
+    """Room for some weights at 8 bits, and not for all."""
+    megabytes = 0.48
+    report = export_bundle(
+        checkpoint,
+        tmp_path / "tiny.onnx",
+        "2:1",
+        dtype="int4",
+        rounding=RoundingChoice(max_megabytes=megabytes),
+    )
+    quantisation = report.manifest.specification.quantisation
+    assert quantisation is not None
+    wide = quantisation.wide
+    assert 0 < len(wide) < 26
+    # What one product computes has one width
+    for layer in range(4):
+        names = {name for name in wide if name.startswith(f"model.layers.{layer}.")}
+        for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            found = [name for name in names if name.endswith(group)]
+            assert len(found) in (0, len(group), 1 if layer == 2 else 0)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 0.8 * megabytes * 1e6 < size <= megabytes * 1e6
+    widths = {
+        name.removesuffix(".weight.q"): tensor.dims[-1] // 16 * 4
+        for name, tensor in (
+            (tensor.name, tensor) for tensor in read_onnx_file(report.model).external
+        )
+        if name.endswith(".weight.q")
+    }
+    for name, bits in widths.items():
+        if name != "lm_head":
+            assert bits == (8 if separate_names(name)[0] in wide else 4), name
+    assert check_parity(checkpoint, report.model, max_context=40).passed
+
+    with pytest.raises(ExportError, match=r"the weights take 0\.\d MB more than there is room"):
+        export_bundle(
+            checkpoint,
+            tmp_path / "small.onnx",
+            dtype="int4",
+            rounding=RoundingChoice(max_megabytes=0.2),
+        )
 
 
 def test_calibration_text_can_be_given(stories260k: Path, shared_dir: Path, tmp_path: Path) -> None:

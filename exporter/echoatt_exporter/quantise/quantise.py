@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Final
 
 from echoatt_exporter.errors import ExportError
 from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE
+from echoatt_exporter.quantise.choose_widths import choose_widths
 from echoatt_exporter.quantise.draw_windows import draw_windows
 from echoatt_exporter.quantise.round_weights import (
     has_shared_table,
@@ -22,6 +24,9 @@ from echoatt_runtime.contract import ROUNDINGS, Bits, Quantisation, Specificatio
 
 # A table that is looked up costs no time, and next to nothing of the model, at 8 bits
 _TABLE_BITS: Final = 8
+# What a graph takes in its file, somewhat more than was seen: the layers of SmolLM2 11,500 each
+_GRAPH_BYTES: Final = 65_536
+_LAYER_BYTES: Final = 14_000
 _WINDOWS: Final = 24
 _LENGTH: Final = 256
 
@@ -36,6 +41,9 @@ class RoundingChoice:
     Attributes:
         rounding: "calibrated", by what it does on text, or "nearest".
         texts: Files of calibration text; without any, the model writes it.
+        max_megabytes: Most that the bundle's files may take together: as many weights as there is
+            room for get 8 bits instead of 4, those first whose rounding costs most. None leaves
+            all at 4.
 
     Raises:
         ExportError: No such rounding, or text for one that reads none.
@@ -43,16 +51,26 @@ class RoundingChoice:
 
     rounding: str = "calibrated"
     texts: Sequence[str | Path] = ()
+    max_megabytes: float | None = None
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ExportError(
                 f"unknown rounding {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}"
             )
+        if self.max_megabytes is not None and not 0 < self.max_megabytes < math.inf:
+            raise ExportError(
+                f"a bundle of {self.max_megabytes} MB cannot be; give a positive size"
+            )
         if self.texts and self.rounding != "calibrated":
             raise ExportError(
                 f"rounding {self.rounding!r} reads no calibration text; leave the text out, or"
                 " choose calibrated"
+            )
+        if self.max_megabytes is not None and self.rounding != "calibrated":
+            raise ExportError(
+                f"rounding {self.rounding!r} does not know which weights to widen; leave the size"
+                " out, or choose calibrated"
             )
 
 
@@ -62,6 +80,7 @@ def quantise_student(
     choice: RoundingChoice,
     *,
     model_dir: Path,
+    other_bytes: int,
     trust_remote_code: bool = False,
     on_part: _OnPart = lambda _name, _done, _total: None,
 ) -> Specification:
@@ -71,6 +90,7 @@ def quantise_student(
         student: On the CPU, in float32 and in evaluation mode.
         specification: Of the bundle; its dtype says to how many bits.
         choice: How.
+        other_bytes: What the bundle's files take besides weights and graph.
         model_dir: Where the tokenizer for calibration text lies.
         trust_remote_code: Run code that the checkpoint brings.
         on_part: Told what goes on.
@@ -107,6 +127,11 @@ def quantise_student(
                 student, count=_WINDOWS, length=length, begin=specification.bos_token_id
             )
             origin = "written by the model"
+        if choice.max_megabytes is not None and bits == 4:
+            on_part("widths", 0, 1)
+            rest = other_bytes + _GRAPH_BYTES + _LAYER_BYTES * specification.num_layers
+            most = int(choice.max_megabytes * 1e6) - rest
+            quantisation = choose_widths(student, quantisation, windows, most)
         round_calibrated(student, quantisation, windows, on_weight)
         quantisation = dataclasses.replace(quantisation, text=origin, tokens=windows.numel())
     return dataclasses.replace(specification, quantisation=quantisation)

@@ -37,13 +37,13 @@ def round_to_nearest(
         on_weight: Told (weights rounded, weights in all).
     """
     head = student.get_output_embeddings()
-    projections = [module for module in student.modules() if is_projection(module)]
-    for done, module in enumerate(projections):
+    projections = _projections(student)
+    for done, (name, module) in enumerate(projections.items()):
         on_weight(done, len(projections))
         if module is not head:
-            weight_NK = weight_out_in(module)
-            replace_weight(module, _nearest(weight_NK, quantisation.bits, quantisation.block_size))
-    _round_tables(student, quantisation, _nearest)
+            bits, size = quantisation.bits_of(name), quantisation.block_size
+            replace_weight(module, nearest(weight_out_in(module), bits, size))
+    _round_tables(student, quantisation, nearest)
 
 
 @torch.no_grad()
@@ -66,11 +66,11 @@ def round_calibrated(
         on_weight: Told (weights rounded, weights in all).
     """
     head = student.get_output_embeddings()
-    projections = [module for module in student.modules() if is_projection(module)]
+    projections = _projections(student)
     both = _BothCopies(quantisation, on_weight, len(projections))
     with ExitStack() as stack:
-        for module in projections:
-            forward = both.stopping if module is head else both.rounding(module)
+        for name, module in projections.items():
+            forward = both.stopping if module is head else both.rounding(name, module)
             stack.enter_context(_forward_as(module, forward))
         hook = student.get_input_embeddings().register_forward_hook(both.round_rows)
         stack.callback(hook.remove)
@@ -99,11 +99,17 @@ def _round_tables(
     shared, size = has_shared_table(student), quantisation.block_size
     rounded_VE = round_head(_table(head), quantisation.head_bits, size)
     if not shared:
-        table_VE = _nearest(_table(embedding), quantisation.embedding_bits, size)
+        table_VE = nearest(_table(embedding), quantisation.embedding_bits, size)
         replace_weight(embedding, table_VE)
     replace_weight(head, rounded_VE)
     if shared:
         embedding.weight = head.weight
+
+
+def _projections(student: EchoAttForCausalLM) -> dict[str, nn.Linear | Conv1D]:
+    """Every projection by its name in the decoder, which is its name in the checkpoint."""
+    modules = student.decoder.named_modules()
+    return {name: module for name, module in modules if is_projection(module)}
 
 
 def tables_of(student: EchoAttForCausalLM) -> tuple[nn.Module, nn.Module]:
@@ -132,14 +138,14 @@ class _BothCopies:
         self._hidden: torch.Tensor | None = None
         self._inputs: Inputs | None = None
 
-    def rounding(self, module: nn.Linear | Conv1D) -> _Forward:
+    def rounding(self, name: str, module: nn.Linear | Conv1D) -> _Forward:
         """A projection's forward that rounds its weight between the two halves."""
         own: _Forward = module.forward
 
         def forward(hidden_BSK: torch.Tensor) -> torch.Tensor:
             exact_BSK, rounded_BSK = hidden_BSK.chunk(2)
             exact_BSN = own(exact_BSK)
-            bits, size = self._quantisation.bits, self._quantisation.block_size
+            bits, size = self._quantisation.bits_of(name), self._quantisation.block_size
             inputs = self.inputs(hidden_BSK)
             replace_weight(module, round_compensated(weight_out_in(module), inputs, bits, size))
             return torch.cat([exact_BSN, own(rounded_BSK)])
@@ -169,10 +175,10 @@ class _BothCopies:
         """
         exact, rows = rows_BSE.chunk(2)
         bits, size = self._quantisation.embedding_bits, self._quantisation.block_size
-        return torch.cat([exact, _nearest(rows.flatten(0, 1), bits, size).view_as(rows)])
+        return torch.cat([exact, nearest(rows.flatten(0, 1), bits, size).view_as(rows)])
 
 
-def _nearest(weight_NK: torch.Tensor, bits: Bits, block_size: int) -> torch.Tensor:
+def nearest(weight_NK: torch.Tensor, bits: Bits, block_size: int) -> torch.Tensor:
     """A weight at the nearest levels of its blocks, float32 [N, K]."""
     blocks = quantize_blocks(weight_NK.detach().T.numpy(), bits, block_size)
     rounded_NK = torch.from_numpy(dequantize_blocks(blocks, bits))

@@ -25,6 +25,7 @@ class Quantisation:
         bits: Of the layers' products.
         head_bits: Of the LM head.
         embedding_bits: Of the table of embeddings.
+        wide: Names, in the checkpoint, of modules in the layers whose weights have 8 bits.
         text: Where calibration text came from; None without.
         tokens: Of calibration text.
         unknown: Fields that this version does not know, kept as they were read.
@@ -35,9 +36,14 @@ class Quantisation:
     bits: Bits
     head_bits: Bits
     embedding_bits: Bits
+    wide: tuple[str, ...] = ()
     text: str | None = None
     tokens: int = 0
     unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def bits_of(self, name: str) -> Bits:
+        """The bits of a module's weight, by the module's name in the checkpoint."""
+        return 8 if name in self.wide else self.bits
 
 
 def quantisation_faults(quantisation: Quantisation | None, bits: int | None) -> list[str]:
@@ -79,6 +85,7 @@ QUANTISATION_FIELDS: Final = {
     "bits": Field(records.integer),
     "head_bits": Field(records.integer),
     "embedding_bits": Field(records.integer),
+    "wide": Field(records.many(records.text, "strings"), may_be_missing=True),
     "text": Field(records.optional(records.text), may_be_missing=True),
     "tokens": Field(records.integer, may_be_missing=True),
 }

@@ -17,7 +17,7 @@ from echoatt_exporter.graph.lowering.quantized_weight import (
 from echoatt_exporter.graph.matching import given, graph_of, need
 from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.roles import Kind, Use, role_of
-from echoatt_exporter.graph.weights import weight_of
+from echoatt_exporter.graph.weights import separate_names, weight_of
 from echoatt_runtime.contract import Quantisation
 
 
@@ -63,7 +63,11 @@ class QuantizeWeights(RewritePass):
         need(tensor.dtype in QUANTISABLE, f"{weight.name} is {tensor.dtype}")
         role, chosen = role_of(weight), self._quantisation
         is_head = Use(Kind.HEAD) in {use for part in role for use in part.uses}
-        bits, size = chosen.head_bits if is_head else chosen.bits, chosen.block_size
+        names = [name.removesuffix(".weight") for name in separate_names(str(weight.name))]
+        widths = {chosen.head_bits if is_head else chosen.bits_of(name) for name in names}
+        need(len(widths) == 1, f"{weight.name} has parts of different widths")
+        (bits,) = widths
+        size = chosen.block_size
         if weight not in self._done:
             self._done[weight] = add_quantized(
                 graph_of(node), str(weight.name), tensor, bits, size, role
