@@ -2,8 +2,9 @@
 
     .venv/bin/python -m samples.quality.quantised --student DIR
 
-Exports the teacher and a student in each dtype, and scores every quantised bundle beside the fp32
-bundle of the same model on the held-out books.
+Exports the teacher and a student in each dtype, rounded to the nearest and by text that the model
+writes, and scores every quantised bundle beside the fp32 bundle of the same model on the held-out
+books.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import Any
 
 from samples.evidence.common import HERE, LENGTH, PACKAGES, arguments, held_out, publish, table
 
-from echoatt_exporter import SharingPlan, export_bundle
+from echoatt_exporter import RoundingChoice, SharingPlan, export_bundle
 from echoatt_exporter.evaluate.models import open_model
 from echoatt_exporter.evaluate.perplexity import compare_documents
 from echoatt_exporter.evaluate.score import Interval, TextComparison
 from echoatt_exporter.texts import Text, texts_digest
 from echoatt_runtime.bundle import read_manifest
 
-EXACT, QUANTISED = "fp32", ("int8", "int4")
+EXACT = "fp32"
+QUANTISED = {
+    f"{dtype}, {rounding}": (dtype, RoundingChoice(rounding=rounding))
+    for dtype in ("int8", "int4")
+    for rounding in ("nearest", "calibrated")
+}
 PLAN = HERE / "results" / "plans" / "42-cost-aligned.json"
 HEADER = (
     "model",
@@ -44,9 +50,17 @@ def _options(parser: Any) -> None:
 
 def _export(source: Path, plan: SharingPlan | None, folder: Path) -> dict[str, Path]:
     """The bundle in each dtype, made anew: what lies there may be by another quantiser."""
-    return {
-        dtype: export_bundle(source, folder / dtype, plan, dtype=dtype, force=True).model
-        for dtype in (EXACT, *QUANTISED)
+    exact = export_bundle(source, folder / EXACT, plan, force=True).model
+    return {EXACT: exact} | {
+        name: export_bundle(
+            source,
+            folder / name.replace(", ", "-"),
+            plan,
+            dtype=dtype,
+            rounding=rounding,
+            force=True,
+        ).model
+        for name, (dtype, rounding) in QUANTISED.items()
     }
 
 
@@ -56,15 +70,15 @@ def _compare(
     """Each quantised bundle held against the exact one."""
     exact = open_model(bundles[EXACT])
     return {
-        dtype: compare_documents(
-            open_model(bundles[dtype]),
+        name: compare_documents(
+            open_model(bundles[name]),
             exact,
             texts,
             length=LENGTH,
             stride=LENGTH // 2,
             max_tokens=max_tokens,
         )
-        for dtype in QUANTISED
+        for name in QUANTISED
     }
 
 
@@ -114,7 +128,7 @@ def main() -> None:
         manifests = {dtype: read_manifest(bundle) for dtype, bundle in bundles.items()}
         sizes = {dtype: manifest.weights.bytes for dtype, manifest in manifests.items()}
         compared = _compare(bundles, texts, args.max_tokens)
-        exact = compared[QUANTISED[0]].reference
+        exact = next(iter(compared.values())).reference
         tokens = exact.tokens
         rows.append([name, EXACT, f"{sizes[EXACT]:,}", f"{exact.perplexity:.3f}", "1", "", ""])
         rows += [

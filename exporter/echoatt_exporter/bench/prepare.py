@@ -15,8 +15,9 @@ from echoatt_exporter.bench.peers import peer_engine
 from echoatt_exporter.bench.shapes import CONTEXT_LENGTH, SHAPES, Shape, make_checkpoint
 from echoatt_exporter.errors import BenchError
 from echoatt_exporter.export import export_bundle
+from echoatt_exporter.quantise.quantise import RoundingChoice
 from echoatt_exporter.share.checkpoint import checkpoint_digest
-from echoatt_runtime.contract import SharingPlan
+from echoatt_runtime.contract import DTYPES, SharingPlan
 
 OnStep = Callable[[str], None]
 
@@ -221,7 +222,9 @@ def _bundle(checkpoint: Path, home: Path, plan: SharingPlan, dtype: str) -> Path
         # of an older exporter, and only in the way
         for stale in home.glob(f"{stem}-*"):
             shutil.rmtree(stale)
-        export_bundle(checkpoint, model, plan, dtype=dtype, verify=False)
+        # How long a step takes does not depend on which level a weight has
+        nearest = None if DTYPES[dtype].bits is None else RoundingChoice(rounding="nearest")
+        export_bundle(checkpoint, model, plan, dtype=dtype, rounding=nearest, verify=False)
         # gigabytes that only cycles hold: the engines will need them
         gc.collect()
     return model
