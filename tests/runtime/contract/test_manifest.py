@@ -18,6 +18,7 @@ from echoatt_runtime.contract import (
     BundleFile,
     CacheSpec,
     Manifest,
+    RoundingCost,
     SharingPlan,
     Verification,
 )
@@ -48,7 +49,15 @@ def with_cache(manifest, **changes):
 
 def test_json_round_trip(make_manifest, make_specification):
     verification = Verification(
-        provider="CPUExecutionProvider", passed=True, tolerance=1e-4, max_abs_error=3e-6, cases=5
+        provider="CPUExecutionProvider",
+        passed=True,
+        method="against PyTorch",
+        tolerance=1e-4,
+        max_abs_error=3e-6,
+        cases=5,
+        rounding_cost=RoundingCost(
+            positions=81, mean_kl=0.36, top1_agreement=0.6, rms_error=0.3, unknown={"more": 1}
+        ),
     )
     manifest = make_manifest(
         make_specification(
