@@ -10,7 +10,6 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoatt_runtime.errors import NumericalError, SamplingError
+from echoatt_runtime.plain_values import as_float, as_integer, as_list
+from echoatt_runtime.text import unicode_fault
 
 Logits = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
@@ -76,8 +77,8 @@ class SamplingParams:
         # Kept as tuples; what is no sequence is wrapped, so that its check below tells of it.
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-            self._set(name, tuple(value) if is_sequence else (value,))
+            items = as_list(value)
+            self._set(name, (value,) if items is None else tuple(items))
         faults = [
             *self._check_number("temperature", "at least 0", lambda x: x >= 0),
             *self._check_integer("top_k", 0),
@@ -89,11 +90,14 @@ class SamplingParams:
         ]
         if any(not isinstance(text, str) or not text for text in self.stop):
             faults.append(f"stop is {self.stop!r}, not strings of at least one character")
-        tokens = [_as_integer(token, 0) for token in self.stop_token_ids]
+        elif found := [fault for text in self.stop if (fault := unicode_fault(text))]:
+            faults.append(f"stop is {self.stop!a}, no Unicode text ({found[0]})")
+        tokens = [as_integer(token, 0) for token in self.stop_token_ids]
         for given, token in zip(self.stop_token_ids, tokens, strict=True):
             if token is None:
                 faults.append(f"stop_token_ids is {given!r}, not an integer of at least 0")
         self._set("stop_token_ids", tuple(tokens))
+        faults += self._check_truth("ignore_eos")
         if faults:
             raise SamplingError(f"sampling parameters are out of range: {'; '.join(faults)}")
 
@@ -107,7 +111,7 @@ class SamplingParams:
     ) -> Iterator[str]:
         """Keep a number as a float, or tell what is wrong with it."""
         value = getattr(self, name)
-        number = _as_float(value)
+        number = as_float(value)
         if number is None or not in_range(number):
             yield f"{name} is {value!r}, not a number {wanted}"
         self._set(name, number)
@@ -115,10 +119,18 @@ class SamplingParams:
     def _check_integer(self, name: str, least: int) -> Iterator[str]:
         """Keep an integer as an int, or tell what is wrong with it."""
         value = getattr(self, name)
-        number = _as_integer(value, least)
+        number = as_integer(value, least)
         if number is None:
             yield f"{name} is {value!r}, not an integer of at least {least}"
         self._set(name, number)
+
+    def _check_truth(self, name: str) -> Iterator[str]:
+        """Keep a truth value as a bool, or tell what is wrong with it."""
+        value = getattr(self, name)
+        if isinstance(value, bool | np.bool_):
+            self._set(name, bool(value))
+        else:
+            yield f"{name} is {value!r}, not True or False"
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -268,22 +280,3 @@ class Sampler:
         if params.min_p > 0:
             logits_V = keep_min_p(logits_V, params.min_p)
         return sample(logits_V, self._generator)
-
-
-def _as_float(value: object) -> float | None:
-    """A finite real number as Python's own; None for anything else, truth values too."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _as_integer(value: object, least: int) -> int | None:
-    """An integer of at least `least` as Python's own; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        return None
-    number = int(value)
-    return number if number >= least else None

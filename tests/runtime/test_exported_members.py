@@ -61,7 +61,8 @@ PUBLIC_ROOMS = {
     ),
     "text": (
         "CHAT_TEMPLATE_FILE Detokenizer Message StopMatcher TOKENIZER_CONFIG_FILE "
-        "TOKENIZER_FILE TextTokenizer render_chat"
+        "TOKENIZER_FILE TextTokenizer is_message render_chat "
+        "unicode_fault"
     ),
 }
 

@@ -42,14 +42,20 @@ class TextTokenizer:
     Attributes:
         special_tokens: Named special tokens, such as {"bos_token": "<s>"}, for chat templates.
         chat_template: The checkpoint's jinja chat template; None without one.
+        tool_template: The one to use instead where there are tools; None without one of its own.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, special_tokens: dict[str, str], chat_template: str | None
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: dict[str, str],
+        chat_template: str | None,
+        tool_template: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.special_tokens = special_tokens
         self.chat_template = chat_template
+        self.tool_template = tool_template
         self._decoders = _decoder_types(tokenizer)
         self._bytes_of: dict[int, bytes | None] = {}
         self._skipped_tokens = frozenset(
@@ -106,7 +112,8 @@ class TextTokenizer:
         special_tokens = {
             name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name)))
         }
-        return cls(tokenizer, special_tokens, _read_chat_template(find(CHAT_TEMPLATE_FILE), config))
+        templates = _read_templates(find(CHAT_TEMPLATE_FILE), config)
+        return cls(tokenizer, special_tokens, templates.get("default"), templates.get("tool_use"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without.
@@ -114,10 +121,12 @@ class TextTokenizer:
         Raises:
             PromptError: The tokenizer has no tokens for the text, or it is no valid Unicode.
         """
+        if fault := unicode_fault(text):
+            raise PromptError(f"the prompt is no Unicode text ({fault}); give whole characters")
         with _failing_as(
             PromptError,
             "the checkpoint's tokenizer refuses the text",
-            f"see that it is valid Unicode, and that {TOKENIZER_FILE} is whole",
+            f"see that {TOKENIZER_FILE} is whole",
         ):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -152,6 +161,19 @@ class TextTokenizer:
         Many models have a few more tokens than their tokenizers.
         """
         return token_id in self._skipped_tokens or self._tokenizer.id_to_token(token_id) is None
+
+
+def unicode_fault(text: str) -> str | None:
+    """What in a text is no Unicode, such as half of a surrogate pair; None where all of it is.
+
+    Python has such texts from JSON that was cut inside a character, and from arguments and file
+    names that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is {text[error.start]!a}, which stands for none"
+    return None
 
 
 @contextlib.contextmanager
@@ -249,15 +271,17 @@ def _token_text(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _read_chat_template(path: Path | None, config: dict[str, Any]) -> str | None:
+def _read_templates(path: Path | None, config: dict[str, Any]) -> dict[str, str]:
+    """The checkpoint's chat templates by name; where it has one, its name is "default"."""
     if path is not None:
-        return _read_text(path)
+        return {"default": _read_text(path)}
     template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        }
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, list):
+        template = [{"name": "default", "template": template}]
+    return {
+        entry["name"]: entry["template"]
+        for entry in template
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+    }
