@@ -28,10 +28,14 @@ TokenIds = npt.NDArray[np.int64]
 # always holds the mass asked for.
 _NUCLEUS_MARGINS: Final = (5.0, 10.0, math.inf)
 
-# A temperature below the first leaves only the most probable token, one above the second makes all
-# equally probable: beyond them float32 overflows or loses the logits' order. A penalty likewise.
+# Beyond them float32 overflows or loses the logits' order. A temperature above the second makes all
+# tokens equally probable anyway, one below the first leaves only the most probable.
 _LEAST_FACTOR: Final = 1e-30
 _LARGEST_FACTOR: Final = 1e30
+_LARGEST_LOGIT: Final = float(np.finfo(np.float32).max)
+
+# Whatever a caller has set: what is too far below the most probable token has no probability
+_rounding_quietly = np.errstate(over="ignore", under="ignore")
 
 # Draws look for a block first and for a token inside it, instead of summing up the vocabulary.
 _BLOCK: Final = 512
@@ -136,6 +140,7 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
 
+@_rounding_quietly
 def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: float) -> Logits:
     """Divide the positive and multiply the negative logits of `token_ids` by `penalty`.
 
@@ -145,12 +150,16 @@ def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: flo
         penalty: Above 1 makes them less likely, below 1 more likely.
     """
     penalised_V = logits_V.copy()
-    seen = logits_V[token_ids]
-    factor = _bounded(penalty)
-    penalised_V[token_ids] = np.where(seen < 0, seen * factor, seen / factor)
+    seen = logits_V[token_ids].astype(np.float64)
+    factor = min(max(penalty, _LEAST_FACTOR), _LARGEST_FACTOR)
+    penalised = np.where(seen < 0, seen * factor, seen / factor)
+    # What a filter has removed stays so, and nothing else becomes infinite
+    is_there = seen > -np.inf
+    penalised_V[token_ids[is_there]] = penalised[is_there].clip(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     return penalised_V
 
 
+@_rounding_quietly
 def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
     """Divide the logits' distances from the largest by `temperature`, which must be above 0.
 
@@ -158,8 +167,9 @@ def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
     the others to -inf, and a very large one makes all equally probable without losing their order.
     """
     scaled_V: Logits = logits_V - logits_V.max()
-    with np.errstate(over="ignore"):
-        scaled_V /= _bounded(temperature)
+    if temperature < _LEAST_FACTOR:
+        return (scaled_V.astype(np.float64) / temperature).astype(np.float32)
+    scaled_V /= np.float32(min(temperature, _LARGEST_FACTOR))
     return scaled_V
 
 
@@ -171,6 +181,7 @@ def keep_top_k(logits_V: Logits, k: int) -> Logits:
     return _keep(logits_V, np.flatnonzero(logits_V >= threshold))
 
 
+@_rounding_quietly
 def keep_top_p(logits_V: Logits, top_p: float) -> Logits:
     """Set all logits to -inf but the smallest set of largest ones with mass `top_p` or more.
 
@@ -205,16 +216,13 @@ def sample(logits_V: Logits, generator: np.random.Generator) -> int:
     return int(ids[start + index])
 
 
-def _bounded(factor: float) -> np.float32:
-    return np.float32(min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR))
-
-
 def _keep(logits_V: Logits, ids: npt.NDArray[np.intp]) -> Logits:
     kept_V = np.full_like(logits_V, -np.inf)
     kept_V[ids] = logits_V[ids]
     return kept_V
 
 
+@_rounding_quietly
 def _candidates(logits_V: Logits) -> tuple[npt.NDArray[np.intp] | range, Logits]:
     """Tokens that may be drawn, with weights proportional to their probabilities."""
     possible = logits_V > -np.inf
