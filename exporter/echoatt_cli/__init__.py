@@ -97,12 +97,21 @@ def _run(name: str, arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         extras = _EXTRAS.get(name, "export,cpu")
         complain(
-            f"{error.name} is not installed, which `echoatt {name}` needs; in EchoAtt's own"
+            f"{_missing(error)} is not installed, which `echoatt {name}` needs; in EchoAtt's own"
             f" directory, pip install '.[{extras}]'"
         )
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _missing(error: BaseException | None) -> str:
+    """The package that could not be imported; libraries raise errors of their own for it."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            return error.name
+        error = error.__cause__ or error.__context__
+    return "a package"
 
 
 def export_main() -> int:
