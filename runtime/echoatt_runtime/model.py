@@ -100,6 +100,10 @@ class EchoModel:
     ) -> list[GenerationResult]:
         """Generate for one prompt or for a batch, whose prompts may differ in length.
 
+        A prompt gets the tokens that it gets alone, but for int4 on x86-64 without AVX-512, where
+        a single row and several are multiplied by kernels that round differently. On other
+        processors that was not looked at.
+
         Args:
             prompts: A prompt, or a list of them. A prompt is text, a list or array of tokens, or a
                 list of chat messages with "role" and "content".

@@ -254,7 +254,7 @@ def not_finite(tokens: int) -> NumericalError:
 
 
 class Sampler:
-    """Chooses one row's tokens. Rows share nothing, so a batch draws what each row alone draws."""
+    """Chooses one row's tokens. Rows share nothing: equal logits draw the same in any batch."""
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params

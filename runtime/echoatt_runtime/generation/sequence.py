@@ -24,8 +24,8 @@ from echoatt_runtime.text import Detokenizer, StopMatcher, TextTokenizer
 class TokenSequence:
     """A prompt and what is generated for it, alone or beside others.
 
-    Nothing in it is shared with another sequence, so that it gets what it would get alone. What
-    goes wrong in it ends it, and nobody else.
+    Nothing in it is shared with another sequence, so that from equal logits it gets what it would
+    get alone. What goes wrong in it ends it, and nobody else.
 
     Attributes:
         params: How tokens are chosen and when it stops.
