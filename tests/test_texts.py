@@ -63,6 +63,19 @@ def test_every_kind_of_file_is_read_as_it_is_written(tmp_path: Path) -> None:
     ]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines = '{"text": "one"}\n{"text": "two\\n"}\n'
+    for name, content in (("a.txt", "Héad\r\n"), ("b.md", "\ufeff"), ("c.jsonl", lines)):
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+        (tmp_path / f"marked-{name}").write_text(content, encoding="utf-8-sig", newline="")
+    for name in ("a.txt", "c.jsonl"):
+        plain, marked = (read_texts([tmp_path / f"{kind}{name}"]) for kind in ("", "marked-"))
+        assert [text.content for text in marked] == [text.content for text in plain]
+        assert texts_digest(marked) == texts_digest(plain)
+    # Only the first one is a mark
+    assert read_texts([tmp_path / "marked-b.md"])[0].content == "\ufeff"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -72,6 +85,9 @@ def test_every_kind_of_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"texts": "x"}', r'a\.jsonl:1: no string "text"'),
         ("a.jsonl", b"[1]", r'a\.jsonl:1: no string "text"'),
+        ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl:1: no Unicode text \(character 1 is"),
+        ("a.txt", b"\xff\xfea\0", r"a\.txt: not UTF-8 text \(byte 0\)"),
+        ("a.txt", b"\xef\xbb\xbf\n", r"no text in .*a\.txt"),
         ("a.md", b" \n", r"no text in .*a\.md; give files"),
     ],
 )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
 
+from echoatt_cli.output import complain, guard_output
 from echoatt_runtime import EchoAttError
 
 _COMMANDS = (
@@ -61,10 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None reads `sys.argv`.
 
     Returns:
-        0 done; 1 compared and found different; 2 bad input or a step that could not be done.
+        0 done; 1 compared and found different; 2 bad input or a step that could not be done; 130
+        interrupted; 141 the reader of the output has gone.
     """
-    parsed = _parser().parse_args(arguments)
-    return run_command(parsed.command, parsed)
+
+    def parse_and_run() -> int:
+        parsed = _parser().parse_args(arguments)
+        return _run(parsed.command, parsed)
+
+    return guard_output(parse_and_run)
 
 
 def run_command(name: str, arguments: argparse.Namespace) -> int:
@@ -77,22 +83,35 @@ def run_command(name: str, arguments: argparse.Namespace) -> int:
     Returns:
         As `main`.
     """
+    return guard_output(lambda: _run(name, arguments))
+
+
+def _run(name: str, arguments: argparse.Namespace) -> int:
     # Whatever a library would fetch is a mistake here: models are local directories
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         return int(_command(name).run(arguments))
     except EchoAttError as error:
-        print(f"echoatt: {error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(
-            f"echoatt: {error.name} is not installed, which `echoatt {name}` needs;"
-            f" pip install 'echoatt[{_EXTRAS.get(name, 'export,cpu')}]'",
-            file=sys.stderr,
+        extras = _EXTRAS.get(name, "export,cpu")
+        complain(
+            f"{_missing(error)} is not installed, which `echoatt {name}` needs; in EchoAtt's own"
+            f" directory, pip install '.[{extras}]'"
         )
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _missing(error: BaseException | None) -> str:
+    """The package that could not be imported; libraries raise errors of their own for it."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            return error.name
+        error = error.__cause__ or error.__context__
+    return "a package"
 
 
 def export_main() -> int:

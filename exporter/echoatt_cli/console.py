@@ -14,8 +14,15 @@ from echoatt_exporter import ExportReport
 from echoatt_exporter.analyze.diagram import plan_signs
 from echoatt_exporter.parity.table import format_report
 
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `guard_output`, where rich would end the process."""
+        raise
+
+
 # Tables keep their numbers whole where nobody's window sets a width
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = _Console(width=None if sys.stdout.isatty() else 120)
 
 _STEPS = {
     "load": "loading the checkpoint",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
-from echoatt_runtime import EchoModel, SamplingParams
+from echoatt_runtime import EchoModel, OptionError, SamplingParams
+from echoatt_runtime.errors import one_line
 
 HELP = "stream text from a bundle"
 
@@ -16,6 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message, by the template"
+    )
+    parser.add_argument(
+        "--tools", metavar="FILE", help="with --chat: what the model may call, a JSON list"
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="with --chat: further arguments of the template, '{\"enable_thinking\": false}'",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: ONNX Runtime's choice)")
@@ -51,10 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         stop=arguments.stop,
     )
+    options = _template_options(arguments)
     model = EchoModel.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     chat = [{"role": "user", "content": arguments.prompt}]
     result = None
-    for piece in model.stream(chat if arguments.chat else arguments.prompt, params):
+    for piece in model.stream(chat if arguments.chat else arguments.prompt, params, **options):
         sys.stdout.write(piece.text)
         sys.stdout.flush()
         result = piece.result
@@ -68,3 +81,25 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _template_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is handed to the chat template."""
+    options: dict[str, Any] = {}
+    if arguments.tools is not None:
+        try:
+            text = Path(arguments.tools).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--tools {arguments.tools} cannot be read ({error})") from error
+        options["tools"] = _read_json(text, f"--tools {arguments.tools}")
+    if arguments.chat_template_kwargs is not None:
+        text = arguments.chat_template_kwargs
+        options["chat_template_kwargs"] = _read_json(text, "--chat-template-kwargs")
+    return options
+
+
+def _read_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{name} is not JSON ({one_line(error)})") from error

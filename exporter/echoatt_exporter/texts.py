@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from echoatt_exporter.errors import CheckpointError, TextError
 from echoatt_exporter.share.checkpoint import quiet_transformers
 from echoatt_runtime.errors import one_line
+from echoatt_runtime.text import unicode_fault
 
 _PLAIN_SUFFIXES = (".txt", ".md", ".markdown")
 _LINES_SUFFIX = ".jsonl"
@@ -49,8 +50,8 @@ def read_texts(paths: Sequence[str | Path]) -> list[Text]:
         The documents in the order of `paths`; empty ones are left out.
 
     Raises:
-        TextError: A path that is absent, unreadable or of another kind, a line without a text, or
-            no text in all of them.
+        TextError: A path that is absent, unreadable or of another kind, a line without a text, what
+            is no Unicode, or no text in all of them.
     """
     texts = [text for path in paths for text in _read_path(Path(path)) if text.content.strip()]
     if not texts:
@@ -74,7 +75,8 @@ def _read_path(path: Path) -> Iterator[Text]:
                 ' field "text"'
             )
         try:
-            content = file.read_text(encoding="utf-8")
+            # A byte order mark is no part of the text
+            content = file.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise TextError(f"{file}: cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
@@ -98,6 +100,8 @@ def _read_lines(file: Path, content: str) -> Iterator[Text]:
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise TextError(f'{name}: no string "text" in this line')
+        if fault := unicode_fault(text):
+            raise TextError(f"{name}: no Unicode text ({fault}); write whole characters")
         yield Text(name, text)
 
 

@@ -6,28 +6,23 @@ Shapes: S tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import Manifest
-from echoatt_runtime.errors import (
-    ContextOverflowError,
-    OptionError,
-    PromptError,
-)
+from echoatt_runtime.errors import ContextOverflowError, OptionError
 from echoatt_runtime.executor import PREFILL_CHUNK, Executor, open_executor, run_texts
 from echoatt_runtime.generation import TokenSequence, check_token_ids, generate
+from echoatt_runtime.plain_values import as_integer
+from echoatt_runtime.prompts import Prompt, as_batch, encode_prompts, one_each
 from echoatt_runtime.results import GenerationResult, TextPiece
 from echoatt_runtime.sampling import SamplingParams
-from echoatt_runtime.text import Message, TextTokenizer, render_chat
-
-# Text, tokens, or the messages of a chat.
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+from echoatt_runtime.text import TextTokenizer
 
 
 class EchoModel:
@@ -42,16 +37,17 @@ class EchoModel:
     def __init__(
         self, bundle: Bundle, executor: Executor, *, prefill_chunk: int = PREFILL_CHUNK
     ) -> None:
-        if prefill_chunk < 1:
-            raise OptionError(f"prefill_chunk is {prefill_chunk}; give at least 1")
+        chunk = as_integer(prefill_chunk, 1)
+        if chunk is None:
+            raise OptionError(f"prefill_chunk is {prefill_chunk!r}; give an integer, at least 1")
         self.bundle = bundle
         self.executor = executor
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = chunk
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         device: str = "cpu",
         threads: int | None = None,
         *,
@@ -71,7 +67,7 @@ class EchoModel:
 
         Raises:
             BundleError: There is no usable bundle; the subclass says why.
-            OptionError: `threads` or `prefill_chunk` is not positive.
+            OptionError: `threads` or `prefill_chunk` is no positive integer.
             DeviceError: The device is unknown, did not load, or is not the bundle's.
             OutOfMemoryError: There is no room for the model.
             MissingDependencyError: ONNX Runtime is not installed.
@@ -98,15 +94,24 @@ class EchoModel:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         return_errors: bool = False,
     ) -> list[GenerationResult]:
         """Generate for one prompt or for a batch, whose prompts may differ in length.
 
+        A prompt gets the tokens that it gets alone, but for int4 on x86-64 without AVX-512, where
+        a single row and several are multiplied by kernels that round differently. On other
+        processors that was not looked at.
+
         Args:
-            prompts: A prompt, or a list of them. A prompt is text, a list of tokens, or a list of
-                chat messages with "role" and "content".
+            prompts: A prompt, or a list of them. A prompt is text, a list or array of tokens, or a
+                list of chat messages with "role" and "content".
             params: How to choose tokens and when to stop, for all prompts or one for each; greedy
                 without.
+            tools: For chats, what the model may call, each a JSON schema.
+            chat_template_kwargs: For chats, further arguments of the checkpoint's template, such
+                as {"enable_thinking": False}.
             return_errors: Whether what goes wrong with one prompt is left in its result, with
                 `finish_reason` "error", instead of being raised when all prompts have ended.
 
@@ -114,18 +119,20 @@ class EchoModel:
             A result for every prompt, in order.
 
         Raises:
-            PromptError: A prompt is empty or has tokens outside the vocabulary.
-            OptionError: There are not as many `params` as prompts.
+            PromptError: A prompt is empty, no Unicode text, of a kind that is none, or has tokens
+                outside the vocabulary.
+            OptionError: There are not as many `params` as prompts, an argument is of another kind,
+                or there is no chat for `tools` or `chat_template_kwargs`.
             ContextOverflowError: A prompt leaves no room for a new token.
             ChatTemplateError: There is no chat template, or it refuses the messages.
             NumericalError: The model computed logits that are not numbers.
             OutOfMemoryError: There is no room for what the graph computes.
         """
-        batch = _as_batch(prompts)
+        batch = encode_prompts(as_batch(prompts), self.tokenizer, tools, chat_template_kwargs)
         sequences = [
-            self._sequence(prompt, own, f"prompt {index}")
-            for index, (prompt, own) in enumerate(
-                zip(batch, _one_each(params, len(batch)), strict=True)
+            self._sequence(tokens, own, f"prompt {index}")
+            for index, (tokens, own) in enumerate(
+                zip(batch, one_each(params, len(batch)), strict=True)
             )
         ]
         for _ in generate(self.executor, sequences, self.prefill_chunk):
@@ -136,27 +143,41 @@ class EchoModel:
                 raise result.error
         return results
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[TextPiece]:
         """Generate for one prompt and yield text as it becomes certain.
 
         Args:
-            prompt: Text, a list of tokens, or a list of chat messages.
+            prompt: Text, a list or array of tokens, or a list of chat messages.
             params: How to choose tokens and when to stop; greedy without.
+            tools: As in `generate`.
+            chat_template_kwargs: As in `generate`.
 
         Returns:
             An iterator of pieces; the last carries the finish reason and the joined result.
 
         Raises:
             PromptError: As `generate`, at the call.
+            OptionError: As `generate`, at the call.
             ContextOverflowError: As `generate`, at the call.
             ChatTemplateError: As `generate`, at the call.
             NumericalError: As `generate`, while iterating.
             OutOfMemoryError: As `generate`, while iterating.
         """
         # Not a generator itself, so that a bad prompt is an error at the call
-        return self._pieces(self._sequence(prompt, params or SamplingParams(), "the prompt"))
+        (tokens,) = encode_prompts([prompt], self.tokenizer, tools, chat_template_kwargs)
+        (own,) = one_each(params, 1)
+        return self._pieces(self._sequence(tokens, own, "the prompt"))
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
+    ) -> npt.NDArray[np.float32]:
         """Logits at every position of one text, for perplexity and comparisons.
 
         Args:
@@ -166,12 +187,12 @@ class EchoModel:
             [S, V]; row s has the logits of the token after position s.
 
         Raises:
-            PromptError: No tokens, or tokens outside the vocabulary.
+            PromptError: No tokens, no integers, or tokens outside the vocabulary.
             ContextOverflowError: More tokens than the context holds.
             OutOfMemoryError: There is no room for what the graph computes.
         """
         specification = self.bundle.specification
-        check_token_ids(token_ids, specification.vocab_size)
+        token_ids = check_token_ids(token_ids, specification.vocab_size)
         if len(token_ids) > specification.context_length:
             raise ContextOverflowError(
                 f"{len(token_ids)} tokens do not fit the context of"
@@ -184,57 +205,11 @@ class EchoModel:
             logits_SV[found.positions.start : found.positions.stop] = found.logits
         return logits_SV
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, name: str) -> TokenSequence:
-        tokens, specification = self._encode(prompt), self.bundle.specification
-        return TokenSequence(tokens, params, specification, self.tokenizer, name)
+    def _sequence(self, tokens: list[int], params: SamplingParams, name: str) -> TokenSequence:
+        return TokenSequence(tokens, params, self.bundle.specification, self.tokenizer, name)
 
     def _pieces(self, sequence: TokenSequence) -> Iterator[TextPiece]:
         for _, piece in generate(self.executor, [sequence], self.prefill_chunk):
             if piece.result is not None and piece.result.error is not None:
                 raise piece.result.error
             yield piece
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("the prompt is empty; give at least one character")
-            return self.tokenizer.encode(prompt)
-        if len(prompt) == 0:
-            raise PromptError("the prompt is empty; give at least one token or message")
-        if all(isinstance(item, Mapping) for item in prompt):
-            text = render_chat(self.tokenizer, cast(Sequence[Message], prompt))
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        if all(_is_token(item) for item in prompt):
-            return [int(token) for token in cast(Sequence[int], prompt)]
-        raise PromptError(
-            "a prompt mixes kinds; give text, a list of tokens, or a list of chat messages"
-        )
-
-
-def _is_token(item: object) -> bool:
-    return isinstance(item, int | np.integer) and not isinstance(item, bool)
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """A single prompt as a batch of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) == 0:
-        raise PromptError("there are no prompts; give at least one")
-    if isinstance(prompts[0], Mapping) or _is_token(prompts[0]):
-        return [cast(Prompt, prompts)]
-    return cast(Sequence[Prompt], prompts)
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    """Sampling parameters for each prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise OptionError(
-            f"there are {len(params)} sampling parameters for {count} prompts; give one for all, or"
-            " one for each"
-        )
-    return params

@@ -10,7 +10,6 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoatt_runtime.errors import NumericalError, SamplingError
+from echoatt_runtime.plain_values import as_float, as_integer, as_list
+from echoatt_runtime.text import unicode_fault
 
 Logits = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
@@ -27,10 +28,14 @@ TokenIds = npt.NDArray[np.int64]
 # always holds the mass asked for.
 _NUCLEUS_MARGINS: Final = (5.0, 10.0, math.inf)
 
-# A temperature below the first leaves only the most probable token, one above the second makes all
-# equally probable: beyond them float32 overflows or loses the logits' order. A penalty likewise.
+# Beyond them float32 overflows or loses the logits' order. A temperature above the second makes all
+# tokens equally probable anyway, one below the first leaves only the most probable.
 _LEAST_FACTOR: Final = 1e-30
 _LARGEST_FACTOR: Final = 1e30
+_LARGEST_LOGIT: Final = float(np.finfo(np.float32).max)
+
+# Whatever a caller has set: what is too far below the most probable token has no probability
+_rounding_quietly = np.errstate(over="ignore", under="ignore")
 
 # Draws look for a block first and for a token inside it, instead of summing up the vocabulary.
 _BLOCK: Final = 512
@@ -76,8 +81,8 @@ class SamplingParams:
         # Kept as tuples; what is no sequence is wrapped, so that its check below tells of it.
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-            self._set(name, tuple(value) if is_sequence else (value,))
+            items = as_list(value)
+            self._set(name, (value,) if items is None else tuple(items))
         faults = [
             *self._check_number("temperature", "at least 0", lambda x: x >= 0),
             *self._check_integer("top_k", 0),
@@ -89,11 +94,14 @@ class SamplingParams:
         ]
         if any(not isinstance(text, str) or not text for text in self.stop):
             faults.append(f"stop is {self.stop!r}, not strings of at least one character")
-        tokens = [_as_integer(token, 0) for token in self.stop_token_ids]
+        elif found := [fault for text in self.stop if (fault := unicode_fault(text))]:
+            faults.append(f"stop is {self.stop!a}, no Unicode text ({found[0]})")
+        tokens = [as_integer(token, 0) for token in self.stop_token_ids]
         for given, token in zip(self.stop_token_ids, tokens, strict=True):
             if token is None:
                 faults.append(f"stop_token_ids is {given!r}, not an integer of at least 0")
         self._set("stop_token_ids", tuple(tokens))
+        faults += self._check_truth("ignore_eos")
         if faults:
             raise SamplingError(f"sampling parameters are out of range: {'; '.join(faults)}")
 
@@ -107,7 +115,7 @@ class SamplingParams:
     ) -> Iterator[str]:
         """Keep a number as a float, or tell what is wrong with it."""
         value = getattr(self, name)
-        number = _as_float(value)
+        number = as_float(value)
         if number is None or not in_range(number):
             yield f"{name} is {value!r}, not a number {wanted}"
         self._set(name, number)
@@ -115,15 +123,24 @@ class SamplingParams:
     def _check_integer(self, name: str, least: int) -> Iterator[str]:
         """Keep an integer as an int, or tell what is wrong with it."""
         value = getattr(self, name)
-        number = _as_integer(value, least)
+        number = as_integer(value, least)
         if number is None:
             yield f"{name} is {value!r}, not an integer of at least {least}"
         self._set(name, number)
+
+    def _check_truth(self, name: str) -> Iterator[str]:
+        """Keep a truth value as a bool, or tell what is wrong with it."""
+        value = getattr(self, name)
+        if isinstance(value, bool | np.bool_):
+            self._set(name, bool(value))
+        else:
+            yield f"{name} is {value!r}, not True or False"
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
 
+@_rounding_quietly
 def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: float) -> Logits:
     """Divide the positive and multiply the negative logits of `token_ids` by `penalty`.
 
@@ -133,12 +150,16 @@ def apply_repetition_penalty(logits_V: Logits, token_ids: TokenIds, penalty: flo
         penalty: Above 1 makes them less likely, below 1 more likely.
     """
     penalised_V = logits_V.copy()
-    seen = logits_V[token_ids]
-    factor = _bounded(penalty)
-    penalised_V[token_ids] = np.where(seen < 0, seen * factor, seen / factor)
+    seen = logits_V[token_ids].astype(np.float64)
+    factor = min(max(penalty, _LEAST_FACTOR), _LARGEST_FACTOR)
+    penalised = np.where(seen < 0, seen * factor, seen / factor)
+    # What a filter has removed stays so, and nothing else becomes infinite
+    is_there = seen > -np.inf
+    penalised_V[token_ids[is_there]] = penalised[is_there].clip(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     return penalised_V
 
 
+@_rounding_quietly
 def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
     """Divide the logits' distances from the largest by `temperature`, which must be above 0.
 
@@ -146,8 +167,9 @@ def apply_temperature(logits_V: Logits, temperature: float) -> Logits:
     the others to -inf, and a very large one makes all equally probable without losing their order.
     """
     scaled_V: Logits = logits_V - logits_V.max()
-    with np.errstate(over="ignore"):
-        scaled_V /= _bounded(temperature)
+    if temperature < _LEAST_FACTOR:
+        return (scaled_V.astype(np.float64) / temperature).astype(np.float32)
+    scaled_V /= np.float32(min(temperature, _LARGEST_FACTOR))
     return scaled_V
 
 
@@ -159,6 +181,7 @@ def keep_top_k(logits_V: Logits, k: int) -> Logits:
     return _keep(logits_V, np.flatnonzero(logits_V >= threshold))
 
 
+@_rounding_quietly
 def keep_top_p(logits_V: Logits, top_p: float) -> Logits:
     """Set all logits to -inf but the smallest set of largest ones with mass `top_p` or more.
 
@@ -193,16 +216,13 @@ def sample(logits_V: Logits, generator: np.random.Generator) -> int:
     return int(ids[start + index])
 
 
-def _bounded(factor: float) -> np.float32:
-    return np.float32(min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR))
-
-
 def _keep(logits_V: Logits, ids: npt.NDArray[np.intp]) -> Logits:
     kept_V = np.full_like(logits_V, -np.inf)
     kept_V[ids] = logits_V[ids]
     return kept_V
 
 
+@_rounding_quietly
 def _candidates(logits_V: Logits) -> tuple[npt.NDArray[np.intp] | range, Logits]:
     """Tokens that may be drawn, with weights proportional to their probabilities."""
     possible = logits_V > -np.inf
@@ -234,7 +254,7 @@ def not_finite(tokens: int) -> NumericalError:
 
 
 class Sampler:
-    """Chooses one row's tokens. Rows share nothing, so a batch draws what each row alone draws."""
+    """Chooses one row's tokens. Rows share nothing: equal logits draw the same in any batch."""
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
@@ -268,22 +288,3 @@ class Sampler:
         if params.min_p > 0:
             logits_V = keep_min_p(logits_V, params.min_p)
         return sample(logits_V, self._generator)
-
-
-def _as_float(value: object) -> float | None:
-    """A finite real number as Python's own; None for anything else, truth values too."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _as_integer(value: object, least: int) -> int | None:
-    """An integer of at least `least` as Python's own; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        return None
-    number = int(value)
-    return number if number >= least else None

@@ -20,7 +20,7 @@ from echoatt_exporter.texts import load_tokenizer, read_texts
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
-    reason="lm_eval is not installed: pip install 'echoatt[eval]'",
+    reason="lm_eval is not installed: pip install '.[eval]'",
 )
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import tokenizers
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from echoatt_runtime import EchoModel
 from echoatt_runtime.bundle import file_sha256, read_onnx_file
@@ -265,6 +265,32 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def byte_fallback_tokenizer() -> tokenizers.Tokenizer:
+    """In the manner of Llama 2: words with a leading space mark, bytes for everything else."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁the", "é"]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: token for token, piece in enumerate(pieces)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return tokenizer
 

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from tests.wording import says
@@ -176,6 +178,47 @@ def test_a_huge_penalty_leaves_numbers(penalty):
     penalised = apply_repetition_penalty(row(2, -2, 0, 1), np.array([0, 1, 2]), penalty)
     assert np.isfinite(penalised).all()
     assert (penalised[0] > penalised[3]) == (penalty < 1)
+
+
+ENDS = {
+    "temperature": [5e-324, 1e-38, 1.0, 1e308],
+    "top_k": [0, 2**70],
+    "top_p": [5e-324, 1 - 1e-16, 1],
+    "min_p": [0, 5e-324, 1],
+    "repetition_penalty": [5e-324, 1e-39, 1, 1e39, 1.7e308],
+}
+LARGEST = float(np.finfo(np.float32).max)
+ROWS = [
+    row(1, 5, -3, 4.999),
+    row(-1, -5, -3, -0.999),
+    row(LARGEST, -LARGEST, 0, 1),
+    row(*[-LARGEST] * 4),
+    row(*[LARGEST] * 4),
+    row(1e-38, -1e-38, 1e-45, 0),
+    row(-INF, -INF, 3, -INF),
+]
+
+
+@pytest.mark.parametrize("seen", [[0], [1, 1, 3], [0, 1, 2, 3]], ids=str)
+def test_all_ends_at_once_take_a_possible_token(seen):
+    """Whatever numpy has been told to do about rounding; at a tiny temperature the best of all."""
+    context = np.array(seen)
+    with np.errstate(all="raise"):
+        for values in itertools.product(*ENDS.values()):
+            params = SamplingParams(seed=0, **dict(zip(ENDS, values, strict=True)))
+            for logits in ROWS:
+                token = Sampler(params)(logits, context)
+                assert logits[token] > -INF
+                if params.temperature > 1e-38 or np.abs(logits[logits > -INF]).max() > 100:
+                    continue
+                exact = logits.astype(np.longdouble)
+                factor = np.longdouble(params.repetition_penalty)
+                with np.errstate(all="ignore"):
+                    exact[context] = np.where(
+                        exact[context] < 0, exact[context] * factor, exact[context] / factor
+                    )
+                # What is as near to the best as float32 can tell, or to zero, equals it
+                assert exact[token] >= exact.max() - abs(exact.max()) * 1e-6 - 1e-29
 
 
 def test_default_is_greedy():

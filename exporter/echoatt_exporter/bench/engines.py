@@ -15,7 +15,7 @@ from echoatt_runtime.bundle import find_model, read_manifest
 # Each peer's packages by import name, and how to get them
 PEERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "genai": (("onnxruntime_genai", "onnx_ir"), "pip install onnxruntime-genai onnx-ir"),
-    "torch": (("torch", "transformers"), "pip install 'echoatt[export]'"),
+    "torch": (("torch", "transformers"), "pip install torch transformers"),
     "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
 }
 

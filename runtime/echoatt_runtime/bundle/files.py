@@ -38,13 +38,18 @@ _LOOPS: Final = frozenset(("Loop", "Scan", "SequenceMap"))
 _ELEMENT_BYTES: Final = {element.onnx: element.bytes for element in ELEMENT_TYPES.values()}
 
 
-def find_model(path: str | Path) -> Path:
+def find_model(path: str | os.PathLike[str]) -> Path:
     """The model file that `path` means: the file itself, or model.onnx in a directory.
 
     Raises:
         BundleNotFoundError: There is no such file.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise BundleNotFoundError(
+            f"{path!r} is no path; give an .onnx file or a directory that holds {MODEL_FILE}"
+        ) from error
     try:
         model_path = path / MODEL_FILE if path.is_dir() else path
         found = model_path.is_file()
@@ -88,8 +93,10 @@ class Bundle:
     identity: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> Bundle:
         """Find a bundle and check its files.
+
+        Its place is kept as an absolute path: the working directory may change afterwards.
 
         The graph is always held against its hash, and every file's size. Nothing but the model file
         is read without `verify`.
@@ -105,7 +112,7 @@ class Bundle:
             DamagedBundleError: A file is absent, is not what the manifest says, or is outside the
                 bundle's directory.
         """
-        model = find_model(path)
+        model = find_model(path).absolute()
         _refuse_link(model, model.lstat())
         first = _identity(model)
         onnx = read_onnx_file(model)

@@ -251,7 +251,7 @@ def _format_number(value: object, where: str) -> int:
     if number > FORMAT_NUMBER:
         raise NewerFormatError(
             f"{where} has format {value!r} and this runtime reads up to {FORMAT!r}; "
-            "it was made by a newer EchoAtt: upgrade with pip install -U echoatt"
+            "it was made by a newer EchoAtt: install that, from its own directory"
         )
     if number < _OLDEST_FORMAT:
         raise DamagedBundleError(
@@ -270,7 +270,7 @@ def _check_capabilities(requires: object, where: str) -> None:
     if unknown:
         raise NewerFormatError(
             f"{where} requires {', '.join(map(repr, unknown))}, which this runtime cannot do; "
-            "upgrade with pip install -U echoatt, or export the model for this version"
+            "install the EchoAtt that made it, from its own directory, or export the model again"
         )
 
 

@@ -123,8 +123,9 @@ class SharingPlan:
             PlanError: The file cannot be read, or `from_json` refuses it.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            # Editors on Windows put a byte order mark first
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: cannot read the sharing plan ({error})") from error
         return cls.from_json(text, str(path))
 

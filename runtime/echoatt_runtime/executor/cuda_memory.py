@@ -160,7 +160,7 @@ def _runtime() -> Any:
     except AttributeError as error:
         raise DeviceError(
             f"CUDA's runtime library does not fit ONNX Runtime ({one_line(error)}); "
-            "pip install 'echoatt[gpu]' brings one that does"
+            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings one that does"
         ) from error
     library.cudaGetErrorString.restype = ctypes.c_char_p
     return library

@@ -35,7 +35,7 @@ def open_executor(
 
     Raises:
         BundleError: There is no usable bundle; the subclass says why.
-        OptionError: `threads` is not positive.
+        OptionError: `threads` is no positive integer.
         DeviceError: The device is unknown, did not load, or is not the bundle's.
         OutOfMemoryError: There is no room for the model.
         MissingDependencyError: ONNX Runtime is not installed.
@@ -72,7 +72,7 @@ def executor_of(
 
 
 def _check_device(bundle: Bundle, device: str, *, foreign: bool) -> None:
-    if device not in DEVICES:
+    if not isinstance(device, str) or device not in DEVICES:
         raise DeviceError(f"unknown device {device!r}; use one of {', '.join(DEVICES)}")
     specification = bundle.specification
     if device == "cpu" and specification.dtype == "bf16":

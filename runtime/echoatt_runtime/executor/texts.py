@@ -66,7 +66,12 @@ def run_texts(
     for start in range(0, int(lengths[0]), chunk_size):
         stop = min(start + chunk_size, int(lengths[0]))
         rows = int(np.count_nonzero(lengths > start))
-        token_ids = np.zeros((rows, stop - start), np.int64)
+        columns = stop - start
+        if columns == 1 < chunk_size and stop < cache.limit:
+            # A graph attends in another way for a single token, which rounds otherwise: what a text
+            # gets must not depend on whether a longer one is beside it
+            columns = 2
+        token_ids = np.zeros((rows, columns), np.int64)
         wanted: list[range] = []
         for row in range(rows):
             tokens = texts[order[row]][start:stop]
@@ -76,7 +81,7 @@ def run_texts(
         for row, positions in enumerate(wanted):
             indices[row, : len(positions)] = np.arange(positions.start, positions.stop) - start
         held = [*lengths_before, *np.minimum(lengths, start).tolist()]
-        cache.reserve(max(stop, *lengths_before, 0), held)
+        cache.reserve(max(start + columns, *lengths_before, 0), held)
         logits_BnV = executor.run(
             cache, token_ids, np.full(rows, start, np.int64), indices, len(lengths_before)
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import ContextOverflowError, EchoAttError, PromptError
 from echoatt_runtime.executor import Logits
+from echoatt_runtime.plain_values import as_integer, as_list, kind_of
 from echoatt_runtime.results import FinishReason, GenerationResult, TextPiece, Timings
 from echoatt_runtime.sampling import Sampler, SamplingParams, not_finite
 from echoatt_runtime.text import Detokenizer, StopMatcher, TextTokenizer
@@ -22,8 +24,8 @@ from echoatt_runtime.text import Detokenizer, StopMatcher, TextTokenizer
 class TokenSequence:
     """A prompt and what is generated for it, alone or beside others.
 
-    Nothing in it is shared with another sequence, so that it gets what it would get alone. What
-    goes wrong in it ends it, and nobody else.
+    Nothing in it is shared with another sequence, so that from equal logits it gets what it would
+    get alone. What goes wrong in it ends it, and nobody else.
 
     Attributes:
         params: How tokens are chosen and when it stops.
@@ -54,7 +56,7 @@ class TokenSequence:
             PromptError: The prompt is empty or has tokens outside the vocabulary.
             ContextOverflowError: It leaves no room for a new token.
         """
-        check_token_ids(prompt, specification.vocab_size, name)
+        prompt = check_token_ids(prompt, specification.vocab_size, name)
         if len(prompt) >= specification.context_length:
             raise ContextOverflowError(
                 f"{name} has {len(prompt)} tokens and the context holds"
@@ -178,17 +180,26 @@ class TokenSequence:
         )
 
 
-def check_token_ids(prompt: Sequence[int], vocab_size: int, name: str = "the prompt") -> None:
-    """Check that a prompt has tokens, all of them in the vocabulary.
+def check_token_ids(
+    prompt: Sequence[int] | npt.NDArray[np.integer[Any]], vocab_size: int, name: str = "the prompt"
+) -> list[int]:
+    """A prompt's tokens as Python's own: at least one, all of them in the vocabulary.
 
     Raises:
-        PromptError: It has not.
+        PromptError: They are not.
     """
-    if len(prompt) == 0:
+    items = as_list(prompt)
+    if items is None:
+        raise PromptError(f"{name} is {kind_of(prompt)}; give a list of tokens")
+    if not items:
         raise PromptError(f"{name} has no tokens; give at least one")
-    least, most = min(prompt), max(prompt)
-    if least < 0 or most >= vocab_size:
-        raise PromptError(
-            f"{name} has token {least if least < 0 else most}, outside the vocabulary "
-            f"of {vocab_size}; use the tokenizer of this checkpoint"
-        )
+    tokens = []
+    for item in items:
+        token = as_integer(item, 0, vocab_size - 1)
+        if token is None:
+            raise PromptError(
+                f"{name} has token {item!r}, outside the vocabulary of {vocab_size}; use the"
+                " tokenizer of this checkpoint"
+            )
+        tokens.append(token)
+    return tokens

@@ -32,7 +32,7 @@ def import_onnxruntime() -> ModuleType:
     except ImportError as error:
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({one_line(error)}); "
-            "pip install 'echoatt[cpu]', or 'echoatt[gpu]' for CUDA"
+            "pip install onnxruntime, or for CUDA 'onnxruntime-gpu[cuda,cudnn]'"
         ) from error
 
 
@@ -78,7 +78,7 @@ def load_cuda(ort: ModuleType) -> ctypes.CDLL:
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise DeviceError(
             "device 'cuda' needs onnxruntime-gpu and the installed ONNX Runtime is built without "
-            "CUDA; pip uninstall onnxruntime, then pip install 'echoatt[gpu]'"
+            "CUDA; pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     # The wheels' own CUDA and cuDNN libraries are not on the loader's path. What this function
     # prints of those that are absent is raised below.
@@ -92,6 +92,7 @@ def load_cuda(ort: ModuleType) -> ctypes.CDLL:
     except OSError as error:
         raise DeviceError(
             f"ONNX Runtime's CUDA provider cannot load ({one_line(error)}); pip install "
-            "'echoatt[gpu]' brings the libraries it needs, the driver comes with the system"
+            "'onnxruntime-gpu[cuda,cudnn]' brings the libraries it needs, the driver comes with the"
+            " system"
         ) from error
     return library

@@ -16,7 +16,10 @@ from echoatt_runtime.errors import DeviceError, OptionError
 from echoatt_runtime.ort.binding import Binding
 from echoatt_runtime.ort.faults import loading, run_error
 from echoatt_runtime.ort.library import PROVIDERS, import_onnxruntime, load_cuda
+from echoatt_runtime.plain_values import as_integer
 
+# More than any machine has cores; ONNX Runtime would try to start as many as it is told
+_MOST_THREADS: Final = 65536
 _WARNINGS: Final = 2
 _ERRORS_ONLY: Final = 3
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
@@ -91,7 +94,7 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
-        OptionError: `threads` is not positive.
+        OptionError: `threads` is no positive integer.
         DeviceError: The device is unknown, its provider did not load, or it lacks a kernel.
         OutOfMemoryError: There is no room for the model.
         DamagedBundleError: ONNX Runtime refuses the model, or a custom operator's library.
@@ -99,8 +102,11 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
     where = where or (str(model) if isinstance(model, Path) else "the model")
     if options.device not in DEVICES:
         raise DeviceError(f"unknown device {options.device!r}; use one of {', '.join(DEVICES)}")
-    if options.threads is not None and options.threads < 1:
-        raise OptionError(f"threads is {options.threads}; give at least 1, or None for all cores")
+    if options.threads is not None and as_integer(options.threads, 1, _MOST_THREADS) is None:
+        raise OptionError(
+            f"threads is {options.threads!r}; give an integer from 1 to {_MOST_THREADS}, or None"
+            " for all cores"
+        )
     ort = import_onnxruntime()
     provider = PROVIDERS[options.device]
     providers: list[Any] = [(provider, dict(options.provider_options or {}))]
@@ -133,7 +139,7 @@ def _settings(ort: ModuleType, options: SessionOptions) -> tuple[Any, list[Any]]
     # A decoder is one chain of operators: nothing to run side by side, all threads to each.
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.inter_op_num_threads = 1
-    settings.intra_op_num_threads = options.threads or 0
+    settings.intra_op_num_threads = int(options.threads or 0)
     # Patterns are remembered per input shape, and every chunk and bucket is a new one.
     settings.enable_mem_pattern = False
     if not options.optimise:

@@ -1,12 +1,13 @@
 """Between text and tokens: tokenizer, chat templates, streamed text."""
 
-from echoatt_runtime.text.chat import Message, render_chat
+from echoatt_runtime.text.chat import Message, is_message, render_chat
 from echoatt_runtime.text.text_stream import Detokenizer, StopMatcher
 from echoatt_runtime.text.tokenizer import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TextTokenizer,
+    unicode_fault,
 )
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "Message",
     "StopMatcher",
     "TextTokenizer",
+    "is_message",
     "render_chat",
+    "unicode_fault",
 ]

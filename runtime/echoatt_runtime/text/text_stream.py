@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Final
 
 from echoatt_runtime.text.tokenizer import TextTokenizer
 
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+# No more tokens than a character has bytes can be part of it
 _PROMPT_WINDOW: Final = 4
 
 
@@ -15,56 +17,66 @@ class Detokenizer:
     """Turns one row's new tokens into pieces of text.
 
     The pieces joined are what decoding prompt and new tokens together adds to decoding the prompt
-    alone, so a word's leading space survives. A piece never ends inside a character: tokens
-    that leave one unfinished wait for the next.
+    alone, so a word's leading space survives. A character is given out with its last byte, and one
+    that the prompt began is given out whole. Bytes that make no character become U+FFFD, and only
+    they do: what was given out before them stays.
 
-    Only a window of tokens is decoded at each step. It starts with tokens already given out,
-    because decoders treat the beginning of a text differently.
+    Tokens that are bytes are put together here. The text of others depends on those before them,
+    because decoders treat the beginning of a text differently: a window of tokens is decoded, which
+    starts with one already given out.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._window = self._end_of_prompt(prompt_ids)
         self._given_tokens = len(self._window)
-        self._given_text = tokenizer.decode(self._window)
-        self._in_byte_run = False
+        for token_id in self._window:
+            data = tokenizer.bytes_of(token_id)
+            self._utf8.decode(data or b"", final=data is None)
 
     def add(self, token_id: int) -> str:
-        """Take the next token; returns the text that is now certain, often with a delay of one."""
+        """Take the next token; returns the text that is now certain."""
+        # Decoders never see it, so it does not part the bytes beside it
+        if self._tokenizer.is_left_out(token_id):
+            return ""
+        data = self._tokenizer.bytes_of(token_id)
+        if data is not None:
+            waiting = self._decode_window()
+            self._window, self._given_tokens = [token_id], 1
+            return waiting + self._utf8.decode(data)
+        unfinished = self._utf8.decode(b"", final=True)
         self._window.append(token_id)
-        # Byte tokens in a row are decoded together, and one that does not fit spoils them all.
-        # Special tokens are left out before that, so they do not end a row.
-        if not self._tokenizer.is_special_token(token_id):
-            self._in_byte_run = self._tokenizer.is_byte_token(token_id)
-        if self._in_byte_run:
-            return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._decode_window()
         if text.endswith(_REPLACEMENT):
-            return ""
-        return self._give(text)
+            return unfinished
+        if text:
+            self._window = self._window[self._given_tokens :]
+            self._given_tokens = len(self._window)
+        return unfinished + text
 
     def finish(self) -> str:
         """Return what was waiting, after the last token."""
-        return self._give(self._tokenizer.decode(self._window))
+        waiting = self._decode_window()
+        self._given_tokens = len(self._window)
+        return waiting + self._utf8.decode(b"", final=True)
 
-    def _give(self, text: str) -> str:
-        piece = text[len(self._given_text) :]
-        if piece:
-            self._window = self._window[self._given_tokens :]
-            self._given_tokens = len(self._window)
-            self._given_text = self._tokenizer.decode(self._window)
-        return piece
+    def _decode_window(self) -> str:
+        """What the window's tokens add to those of them that were given out."""
+        if self._given_tokens == len(self._window):
+            return ""
+        given = self._tokenizer.decode(self._window[: self._given_tokens])
+        return self._tokenizer.decode(self._window)[len(given) :]
 
     def _end_of_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt, from one that has text and is no byte of a row of them."""
-        start = max(len(prompt_ids) - _PROMPT_WINDOW, 0)
-        while start and self._may_be_inside_byte_run(prompt_ids[start]):
-            start -= 1
-        return list(prompt_ids[start:])
-
-    def _may_be_inside_byte_run(self, token_id: int) -> bool:
-        tokenizer = self._tokenizer
-        return tokenizer.is_byte_token(token_id) or tokenizer.is_special_token(token_id)
+        """The last tokens of the prompt that are text."""
+        window: list[int] = []
+        for token_id in reversed(prompt_ids):
+            if not self._tokenizer.is_left_out(token_id):
+                window.append(token_id)
+            if len(window) == _PROMPT_WINDOW:
+                break
+        return window[::-1]
 
 
 class StopMatcher:

@@ -32,6 +32,8 @@ _SPECIAL_TOKENS: Final = (
 # What is replaced one for a few is normal; what is replaced again and again fills the memory
 _LARGEST_GROWTH: Final = 1000.0
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_LEVEL: Final = "ByteLevel"
+_BYTE_FALLBACK: Final = "ByteFallback"
 
 
 class TextTokenizer:
@@ -40,15 +42,22 @@ class TextTokenizer:
     Attributes:
         special_tokens: Named special tokens, such as {"bos_token": "<s>"}, for chat templates.
         chat_template: The checkpoint's jinja chat template; None without one.
+        tool_template: The one to use instead where there are tools; None without one of its own.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, special_tokens: dict[str, str], chat_template: str | None
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: dict[str, str],
+        chat_template: str | None,
+        tool_template: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.special_tokens = special_tokens
         self.chat_template = chat_template
-        self._byte_tokens = _byte_tokens(tokenizer)
+        self.tool_template = tool_template
+        self._decoders = _decoder_types(tokenizer)
+        self._bytes_of: dict[int, bytes | None] = {}
         self._skipped_tokens = frozenset(
             token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
@@ -103,7 +112,8 @@ class TextTokenizer:
         special_tokens = {
             name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name)))
         }
-        return cls(tokenizer, special_tokens, _read_chat_template(find(CHAT_TEMPLATE_FILE), config))
+        templates = _read_templates(find(CHAT_TEMPLATE_FILE), config)
+        return cls(tokenizer, special_tokens, templates.get("default"), templates.get("tool_use"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer itself adds, such as BOS, or without.
@@ -111,10 +121,12 @@ class TextTokenizer:
         Raises:
             PromptError: The tokenizer has no tokens for the text, or it is no valid Unicode.
         """
+        if fault := unicode_fault(text):
+            raise PromptError(f"the prompt is no Unicode text ({fault}); give whole characters")
         with _failing_as(
             PromptError,
             "the checkpoint's tokenizer refuses the text",
-            f"see that it is valid Unicode, and that {TOKENIZER_FILE} is whole",
+            f"see that {TOKENIZER_FILE} is whole",
         ):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -131,13 +143,37 @@ class TextTokenizer:
         ):
             return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def is_byte_token(self, token_id: int) -> bool:
-        """Whether the token stands for one byte of a character that the vocabulary lacks."""
-        return token_id in self._byte_tokens
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What the token adds to a text in UTF-8; None where that depends on the tokens before.
 
-    def is_special_token(self, token_id: int) -> bool:
-        """Whether `decode` leaves the token out."""
-        return token_id in self._skipped_tokens
+        It does not in vocabularies of bytes, and for the tokens that stand for one byte of what a
+        vocabulary lacks.
+        """
+        if token_id not in self._bytes_of:
+            self._bytes_of[token_id] = _token_bytes(
+                self._tokenizer.id_to_token(token_id), self._decoders
+            )
+        return self._bytes_of[token_id]
+
+    def is_left_out(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out, because it is special or none of the tokenizer's.
+
+        Many models have a few more tokens than their tokenizers.
+        """
+        return token_id in self._skipped_tokens or self._tokenizer.id_to_token(token_id) is None
+
+
+def unicode_fault(text: str) -> str | None:
+    """What in a text is no Unicode, such as half of a surrogate pair; None where all of it is.
+
+    Python has such texts from JSON that was cut inside a character, and from arguments and file
+    names that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is {text[error.start]!a}, which stands for none"
+    return None
 
 
 @contextlib.contextmanager
@@ -167,9 +203,42 @@ def _growth_of_state(state: dict[str, Any]) -> float:
     return max(growth, 1.0)
 
 
-def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    return frozenset(token for text, token in vocabulary.items() if _BYTE_TOKEN.fullmatch(text))
+def _decoder_types(tokenizer: Tokenizer) -> list[str]:
+    """Of the decoders that make text of tokens, one after the other."""
+    decoder = tokenizer.decoder
+    if decoder is None:
+        return []
+    state = json.loads(decoder.__getstate__())
+    return [part["type"] for part in state.get("decoders") or [state]]
+
+
+def _token_bytes(text: str | None, decoders: list[str]) -> bytes | None:
+    """See `TextTokenizer.bytes_of`."""
+    if text is None:
+        return None
+    if decoders == [_BYTE_LEVEL]:
+        # As the decoder does, which also meets added tokens, whose characters are their own
+        if all(character in _BYTE_OF for character in text):
+            return bytes(_BYTE_OF[character] for character in text)
+        return text.encode()
+    if _BYTE_FALLBACK in decoders and _BYTE_TOKEN.fullmatch(text):
+        return bytes([int(text[3:5], 16)])
+    return None
+
+
+def _byte_characters() -> dict[str, int]:
+    """Which byte each character of a byte-level vocabulary stands for.
+
+    Printable bytes of Latin-1 are their own characters, the others come behind it in order.
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in own]
+    return {chr(byte): byte for byte in own} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTE_OF: Final = _byte_characters()
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -202,15 +271,17 @@ def _token_text(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _read_chat_template(path: Path | None, config: dict[str, Any]) -> str | None:
+def _read_templates(path: Path | None, config: dict[str, Any]) -> dict[str, str]:
+    """The checkpoint's chat templates by name; where it has one, its name is "default"."""
     if path is not None:
-        return _read_text(path)
+        return {"default": _read_text(path)}
     template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        }
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, list):
+        template = [{"name": "default", "template": template}]
+    return {
+        entry["name"]: entry["template"]
+        for entry in template
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+    }

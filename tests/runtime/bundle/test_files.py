@@ -64,7 +64,7 @@ def test_foreign_and_newer_and_damaged_manifests(copy, restamp):
     with pytest.raises(ForeignModelError, match="without an EchoAtt manifest"):
         Bundle.open(path)
     restamp(path, '{"format": "echoatt-bundle/9"}')
-    with pytest.raises(NewerFormatError, match="upgrade"):
+    with pytest.raises(NewerFormatError, match="newer EchoAtt: install that"):
         Bundle.open(path)
     restamp(path, '{"format": "echoatt-bundle/3"}')
     with pytest.raises(DamagedBundleError, match="specification is missing"):

@@ -289,8 +289,8 @@ def test_an_unknown_capability_is_named(manifest):
 
 
 @pytest.mark.parametrize("number", [4, 10])
-def test_a_newer_format_asks_for_an_upgrade(manifest, number):
-    with pytest.raises(NewerFormatError, match="newer EchoAtt: upgrade"):
+def test_a_newer_format_asks_for_the_newer_one(manifest, number):
+    with pytest.raises(NewerFormatError, match="newer EchoAtt: install that"):
         Manifest.from_json(edited(manifest, format=f"echoatt-bundle/{number}", files="anything"))
 
 

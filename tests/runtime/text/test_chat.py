@@ -1,8 +1,9 @@
+import dataclasses
 import json
 
 import pytest
 
-from echoatt_runtime import ChatTemplateError, PromptError
+from echoatt_runtime import ChatTemplateError, OptionError, PromptError
 from echoatt_runtime.text.chat import render_chat
 from echoatt_runtime.text.tokenizer import TextTokenizer
 
@@ -90,12 +91,53 @@ def test_templates_see_plain_data_only(tokenizer_with):
     [
         ([], "the chat has no messages"),
         ([CHAT[0], {"role": "user"}], "message 1 of the chat lacks a role or content"),
+        ([{"role": "user", "name": "Ann"}], "message 0 of the chat lacks"),
         ([{"content": "x"}], "message 0 of the chat lacks"),
+        ([{"role": None, "content": "x"}], "message 0 of the chat lacks"),
+        ([{"role": 5, "content": "x"}], "message 0 of the chat lacks"),
+        ([CHAT[0], "x"], "message 1 of the chat is str; give a mapping"),
+        ("x", "a chat is a list of messages and not str"),
+        (None, "a chat is a list of messages and not None"),
     ],
 )
 def test_messages_that_cannot_be_rendered(tokenizer_with, chat, fault):
     with pytest.raises(PromptError, match=fault):
         render_chat(tokenizer_with("x"), chat)
+
+
+def test_a_chat_that_holds_itself(tokenizer_with):
+    message = {"role": "user", "content": []}
+    message["content"].append(message)
+    with pytest.raises(PromptError, match="holds itself"):
+        render_chat(tokenizer_with("x"), [message])
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"tools": {"name": "a"}}, "tools are no list of JSON schemas"),
+        ({"tools": [print]}, "tools are no list of JSON schemas"),
+        ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs are list"),
+        ({"template_kwargs": {1: 2}}, "chat_template_kwargs are dict; give a mapping, its keys"),
+        ({"template_kwargs": {"tools": [], "messages": []}}, "name messages and tools"),
+    ],
+)
+def test_template_arguments_of_another_kind(tokenizer_with, options, fault):
+    with pytest.raises(OptionError, match=fault):
+        render_chat(tokenizer_with("x"), CHAT, **options)
+
+
+def test_objects_of_clients_are_messages(tokenizer_with):
+    @dataclasses.dataclass
+    class Call:
+        name: str
+
+    class Answer:
+        def model_dump(self):
+            return {"role": "assistant", "content": None, "tool_calls": [Call("f")]}
+
+    rendered = render_chat(tokenizer_with("{{ messages | tojson }}"), [CHAT[0], Answer()])
+    assert json.loads(rendered)[1] == {"role": "assistant", "tool_calls": [{"name": "f"}]}
 
 
 def test_without_a_template(tokenizer_with):

@@ -1,41 +1,15 @@
 import itertools
-import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers
+from tests.runtime.conftest import byte_fallback_tokenizer
+from tokenizers import decoders
 
 from echoatt_runtime.text.text_stream import Detokenizer, StopMatcher
 from echoatt_runtime.text.tokenizer import TextTokenizer
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TEXT = "Grüße, 世界! 🙂🙃 naïve — ☃\n\tfin"
-
-
-def byte_fallback_tokenizer():
-    """In the manner of Llama 2: words with a leading space mark, bytes for everything else."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁the", "é"]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece: token for token, piece in enumerate(pieces)},
-            merges=[],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return tokenizer
 
 
 @pytest.fixture(params=["bytes", "byte_fallback"])
@@ -50,8 +24,27 @@ def stream(tokenizer, prompt, new_tokens):
 
 
 def continuation(tokenizer, prompt, new_tokens):
-    whole = tokenizer.decode([*prompt, *new_tokens])
-    return whole[len(tokenizer.decode(prompt)) :]
+    """What decoding all adds to decoding the prompt, but for a character that both have part of."""
+    before = text_of(tokenizer, prompt).rstrip(REPLACEMENT)
+    return text_of(tokenizer, [*prompt, *new_tokens])[len(before) :]
+
+
+def text_of(tokenizer, tokens):
+    """As `decode`, but bytes in a row are read as UTF-8, where the library spoils the whole row."""
+    if tokenizer.bytes_of(tokenizer._tokenizer.token_to_id("<0x00>") or 0) != b"\0":
+        return tokenizer.decode(tokens)
+    text, row = "", b""
+    for token in [*tokens, None]:
+        piece = None if token is None else tokenizer._tokenizer.id_to_token(token)
+        if piece in ("<s>", "</s>"):
+            continue
+        if piece is not None and piece.startswith("<0x"):
+            row += bytes.fromhex(piece[3:5])
+            continue
+        text += row.decode(errors="replace")
+        row = b""
+        text += "" if piece is None else piece.replace("▁", " ")
+    return text.removeprefix(" ")
 
 
 def test_pieces_never_break_a_character(text_tokenizer):
@@ -59,13 +52,43 @@ def test_pieces_never_break_a_character(text_tokenizer):
     pieces = stream(text_tokenizer, prompt, tokens)
     assert "".join(pieces) == continuation(text_tokenizer, prompt, tokens)
     assert "".join(pieces).lstrip() == TEXT
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert not any(REPLACEMENT in piece for piece in pieces)
 
 
-def test_byte_level_text_comes_character_by_character(byte_tokenizer):
-    tokenizer = TextTokenizer(byte_tokenizer, {}, None)
-    pieces = stream(tokenizer, [0], tokenizer.encode("é世🙂a"))
-    assert pieces == ["", "é", "", "", "世", "", "", "", "🙂", "a", ""]
+def test_characters_come_with_their_last_byte(byte_tokenizer):
+    for chosen in (byte_tokenizer, byte_fallback_tokenizer()):
+        tokenizer = TextTokenizer(chosen, {}, None)
+        prompt = tokenizer.encode("b")
+        tokens = tokenizer.encode("a世🙂\n\n\n")[-10:]
+        assert stream(tokenizer, prompt, tokens) == [
+            *("", "", "世", "", "", "", "🙂", "\n", "\n", "\n", "")
+        ]
+
+
+def test_what_follows_does_not_spoil_bytes_that_were_a_character():
+    tokenizer = TextTokenizer(byte_fallback_tokenizer(), {}, None)
+    to_id = tokenizer._tokenizer.token_to_id
+    new_tokens = [to_id(f"<0x{byte:02X}>") for byte in b"\n\x80\xe4\n\xe4\xb8"]
+    pieces = stream(tokenizer, [to_id("▁a")], [*new_tokens, to_id("▁the")])
+    assert pieces == ["\n", REPLACEMENT, "", f"{REPLACEMENT}\n", "", "", f"{REPLACEMENT} the", ""]
+
+
+def test_a_character_that_the_prompt_began_is_given_out_whole(text_tokenizer):
+    tokens = text_tokenizer.encode("b世🙂")[-8:]
+    for cut in range(1, 8):
+        given = "".join(stream(text_tokenizer, tokens[:cut], tokens[cut:]))
+        assert given == ("世🙂" if cut < 4 else "🙂")
+
+
+def test_a_prompt_may_end_with_a_replacement_character(text_tokenizer):
+    prompt, new = (text_tokenizer.encode(text) for text in (f"b{REPLACEMENT}", "xb"))
+    assert "".join(stream(text_tokenizer, prompt, new[-2:])) == "xb"
+
+
+def test_tokens_that_the_tokenizer_lacks_have_no_text(text_tokenizer):
+    prompt, new_tokens = text_tokenizer.encode("b"), text_tokenizer.encode("世b")[-4:]
+    new_tokens[1:1] = [9999]
+    assert "".join(stream(text_tokenizer, [*prompt, 9999], new_tokens)) == "世b"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -78,9 +101,7 @@ def test_pieces_of_any_tokens_join_to_the_full_decode(text_tokenizer, seed):
     weights /= weights.sum()
     prompt = [int(token) for token in generator.choice(size, 5, p=weights)]
     new_tokens = [int(token) for token in generator.choice(size, 60, p=weights)]
-    prompt.append(next(token for token in range(size) if not text_tokenizer.is_byte_token(token)))
-    if text_tokenizer.decode(prompt).endswith("\N{REPLACEMENT CHARACTER}"):
-        prompt.append(text_tokenizer.encode("b")[-1])
+    prompt.append(text_tokenizer.encode("b")[-1])
     pieces = stream(text_tokenizer, prompt, new_tokens)
     assert "".join(pieces) == continuation(text_tokenizer, prompt, new_tokens)
 
@@ -118,8 +139,6 @@ def test_shared_tokenizers_stream_their_own_text(shared_models):
         tokens = tokenizer.encode(text, add_special_tokens=False)
         for cut in range(1, len(tokens)):
             prompt, new_tokens = tokens[:cut], tokens[cut:]
-            if tokenizer.decode(prompt).endswith("\N{REPLACEMENT CHARACTER}"):
-                continue
             joined = "".join(stream(tokenizer, prompt, new_tokens))
             assert joined == continuation(tokenizer, prompt, new_tokens)
 
@@ -178,12 +197,18 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert matcher.finish() == ""
 
 
-def test_byte_fallback_tokenizer_is_recognised():
-    tokenizer = TextTokenizer(byte_fallback_tokenizer(), {}, None)
-    assert [tokenizer.is_byte_token(token) for token in (0, 1, 256, 257)] == [
-        False,
-        True,
-        True,
-        False,
+def test_bytes_of_tokens(byte_tokenizer):
+    fallback = byte_fallback_tokenizer()
+    assert [TextTokenizer(fallback, {}, None).bytes_of(token) for token in (0, 1, 256, 257)] == [
+        None,
+        b"\x00",
+        b"\xff",
+        None,
     ]
-    assert json.loads(byte_fallback_tokenizer().to_str())["model"]["byte_fallback"]
+    # The same names are plain text where the decoder does not read them as bytes
+    fallback.decoder = decoders.Replace("▁", " ")
+    assert TextTokenizer(fallback, {}, None).bytes_of(1) is None
+    every_byte = TextTokenizer(byte_tokenizer, {}, None)
+    assert sorted(every_byte.bytes_of(token) for token in range(256)) == [
+        bytes([byte]) for byte in range(256)
+    ]

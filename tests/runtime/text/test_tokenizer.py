@@ -68,7 +68,7 @@ def test_special_tokens_are_read_as_such_and_not_shown(directory):
     tokenizer = TextTokenizer.from_directory(directory)
     ids = tokenizer.encode("a</s>b")
     assert ids[1] == 257
-    assert tokenizer.is_special_token(257)
+    assert tokenizer.is_left_out(257)
     assert tokenizer.decode(ids) == "ab"
 
 
