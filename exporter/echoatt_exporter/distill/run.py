@@ -33,7 +33,7 @@ from echoatt_exporter.errors import TrainingError
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import load_shared, load_teacher
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.share.outline import read_outline
+from echoatt_exporter.share.outline import read_outline, read_teacher_outline
 from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_exporter.share.save import save_student
 from echoatt_exporter.share.weight_files import checkpoint_digest
@@ -111,8 +111,8 @@ def distill(
     folder = RunFolder(Path(out))
     folder.check_unfinished()
     texts = read_texts(text_files)
-    for directory in (student_dir, teacher_dir):
-        read_outline(directory, None, trust_remote_code=trust_remote_code)
+    read_outline(student_dir, None, trust_remote_code=trust_remote_code)
+    read_teacher_outline(teacher_dir, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(student_dir, trust_remote_code=trust_remote_code)
     student = load_shared(student_dir, None, trust_remote_code=trust_remote_code)
     dtype, text_config = student.dtype, student.decoder.config

@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.share.outline import CheckpointOutline, is_student, read_outline
+from echoatt_exporter.share.outline import (
+    CheckpointOutline,
+    is_student,
+    read_outline,
+    read_teacher_outline,
+)
 from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_exporter.share.special_tokens import forget_absent_tokens
 from echoatt_exporter.share.unfit_checkpoints import (
@@ -82,9 +87,7 @@ def load_teacher(
         CheckpointError: The directory is incomplete, inconsistent or damaged, or is a student's.
         UnsupportedModelError: The model cannot be shared.
     """
-    outline = read_outline(path, None, trust_remote_code=trust_remote_code)
-    if outline.is_student:
-        raise CheckpointError(f"{outline.directory}: is a student; a teacher is needed here")
+    outline = read_teacher_outline(path, trust_remote_code=trust_remote_code)
     teacher: PreTrainedModel = _load(AutoModelForCausalLM, outline, dtype, trust_remote_code)
     return teacher
 

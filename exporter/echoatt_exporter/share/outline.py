@@ -112,6 +112,23 @@ def read_outline(
     return CheckpointOutline(directory, config, plan, student, tensors)
 
 
+def read_teacher_outline(path: str | Path, *, trust_remote_code: bool = False) -> CheckpointOutline:
+    """The same of a teacher, unshared.
+
+    Args:
+        path: As in `read_outline`.
+        trust_remote_code: As in `read_outline`.
+
+    Raises:
+        CheckpointError: As in `read_outline`; or it is a student's.
+        UnsupportedModelError: As in `read_outline`.
+    """
+    outline = read_outline(path, None, trust_remote_code=trust_remote_code)
+    if outline.is_student:
+        raise CheckpointError(f"{outline.directory}: is a student; a teacher is needed here")
+    return outline
+
+
 def _is_students(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") == EchoAttConfig.model_type
 
