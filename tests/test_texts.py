@@ -157,6 +157,6 @@ def test_encoding_adds_no_special_tokens() -> None:
 
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer that loads") as caught:
+    with pytest.raises(CheckpointError, match="no tokenizer, and text needs one") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

@@ -89,6 +89,7 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         print(report.to_json())
         return
+    show_notes(report.notes)
     show_plan(report.manifest.specification.plan.sources)
     console.print(_passes_table(report))
     if report.parity is not None:
@@ -104,6 +105,12 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Print what a user should know of a checkpoint, on stderr, where errors are too."""
+    for note in notes:
+        print(f"echoatt: note: {note}", file=sys.stderr)
 
 
 def show_plan(sources: Sequence[int]) -> None:

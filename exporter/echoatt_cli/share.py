@@ -24,17 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Share, save, and say what became smaller."""
-    from echoatt_cli.console import console, show_plan
+    from echoatt_cli.console import console, show_notes, show_plan
     from echoatt_exporter import CheckpointError, SharingPlan, load_shared
     from echoatt_exporter.analyze.footprint import footprint_of
-    from echoatt_exporter.share.checkpoint import check_new_directory, is_student, save_student
+    from echoatt_exporter.share.outline import read_outline
+    from echoatt_exporter.share.save import check_new_directory, save_student
+    from echoatt_exporter.share.tokenizer_files import refuse_missing_package
 
     check_new_directory(arguments.student_dir)
-    if is_student(arguments.model_dir):
-        raise CheckpointError(f"{arguments.model_dir}: is a student; share its teacher instead")
     trusted = arguments.trust_remote_code
+    outline = read_outline(arguments.model_dir, None, trust_remote_code=trusted)
+    if outline.is_student:
+        raise CheckpointError(f"{arguments.model_dir}: is a student; share its teacher instead")
+    refuse_missing_package(outline.directory)
     student = load_shared(arguments.model_dir, read_plan(arguments), trust_remote_code=trusted)
-    save_student(student, arguments.student_dir, arguments.model_dir, trust_remote_code=trusted)
+    notes = save_student(
+        student, arguments.student_dir, arguments.model_dir, trust_remote_code=trusted
+    )
 
     footprint = footprint_of(
         student.config.get_text_config(),
@@ -45,10 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     teacher, now = footprint.teacher, footprint.student
     if arguments.json:
         report: dict[str, Any] = {"student": arguments.student_dir, "sources": student.sources}
+        report["notes"] = list(notes)
         for name in ("parameters", "cache_bytes_per_token"):
             report[name] = {"teacher": getattr(teacher, name), "student": getattr(now, name)}
         print(json.dumps(report))
         return 0
+    show_notes(notes)
     show_plan(student.sources)
     console.print(
         f"{arguments.student_dir}: {teacher.parameters:,} → {now.parameters:,} parameters"

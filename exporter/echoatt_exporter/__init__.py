@@ -26,14 +26,10 @@ from echoatt_exporter.parity import ParityReport, assert_parity, check_parity
 from echoatt_exporter.quantise.quantise import RoundingChoice
 from echoatt_exporter.rewrite import rewrite_bundle
 from echoatt_exporter.share.apply import share_attention
-from echoatt_exporter.share.checkpoint import (
-    load_model,
-    load_shared,
-    load_teacher,
-    save_student,
-)
+from echoatt_exporter.share.checkpoint import load_model, load_shared, load_teacher
 from echoatt_exporter.share.configuration_echoatt import EchoAttConfig
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.share.save import save_student
 from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import PlanError
 

@@ -71,7 +71,7 @@ def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
     family = family_of(config)
     for refuse in family.refusals:
         refuse(config)
-    kinds, heads = family.layer_kinds(config), family.layer_heads(config)
+    kinds, heads = family.attention_kinds.of(config), family.layer_heads(config)
     return DecoderArchitecture(
         family=family.model_type,
         layer_kinds=kinds,
@@ -80,5 +80,5 @@ def architecture_of(config: PreTrainedConfig) -> DecoderArchitecture:
         kv_heads=tuple(layer.key_value for layer in heads),
         head_dims=tuple(layer.size for layer in heads),
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=family.context_length(config),
     )

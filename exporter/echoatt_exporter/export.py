@@ -24,7 +24,7 @@ from echoatt_exporter.bundle import (
     write_bundle,
     writing_to,
 )
-from echoatt_exporter.errors import CheckpointError, ExportError
+from echoatt_exporter.errors import ExportError
 from echoatt_exporter.export_report import ExportReport, OnStep, ignore_step
 from echoatt_exporter.graph import export_pipeline, run_pipeline
 from echoatt_exporter.parity import (
@@ -37,9 +37,10 @@ from echoatt_exporter.parity import (
     verified_context,
 )
 from echoatt_exporter.quantise.quantise import RoundingChoice, quantise_student
-from echoatt_exporter.share.checkpoint import CheckpointOutline, load_shared, read_outline
-from echoatt_exporter.share.unfit_checkpoints import CONFIG
-from echoatt_exporter.share.weight_files import checkpoint_digest, read_json_object
+from echoatt_exporter.share.checkpoint import load_shared
+from echoatt_exporter.share.outline import CheckpointOutline, read_outline
+from echoatt_exporter.share.special_tokens import special_tokens
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.trace.tracer import graph_dtype, trace_student
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import (
@@ -96,13 +97,13 @@ def export_bundle(
     target.check_free(force=force)
     on_step("load", 0, 1)
     outline = read_outline(source, plan, trust_remote_code=trust_remote_code)
-    special_tokens = _special_tokens(outline)
+    tokens = special_tokens(source, outline.text_config, outline.architecture.vocab_size)
     with open_stage(target.place) as stage:
         check_room(target.place, least_bytes(outline, dtype))
         with writing_to(target.model):
-            copy_checkpoint_files(source, stage.bundle, trust_remote_code=trust_remote_code)
+            notes = copy_checkpoint_files(source, stage.bundle, trust_remote_code=trust_remote_code)
         check_companions(stage.bundle, target.place, force=force)
-        specification = _specification(outline, special_tokens, dtype=dtype, device=device)
+        specification = _specification(outline, tokens, dtype=dtype, device=device)
         # What can be refused without the weights has been refused by now
         model, specification, reference = _load_and_trace(
             outline,
@@ -143,6 +144,7 @@ def export_bundle(
         parity=parity,
         parameters=reports[-1].after.parameters,
         seconds=time.perf_counter() - start,
+        notes=notes,
     )
 
 
@@ -207,41 +209,14 @@ def _check_target(dtype: str, device: str) -> None:
         )
 
 
-def _special_tokens(outline: CheckpointOutline) -> dict[str, Any]:
-    """The tokens that begin, end and pad a text, as a specification has them.
-
-    Raises:
-        CheckpointError: `generation_config.json` cannot be read, or a token is not in the
-            vocabulary.
-    """
-    path = outline.directory / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
-
-    def token(name: str) -> Any:
-        # What generate() would use comes first, as in transformers
-        value = generation.get(name)
-        return value if value is not None else getattr(outline.text_config, name, None)
-
-    bos, eos, pad = (token(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
-    all_eos = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    vocabulary = outline.architecture.vocab_size
-    for value in (bos, pad, *all_eos):
-        if value is not None and (type(value) is not int or not 0 <= value < vocabulary):
-            raise CheckpointError(
-                f"{outline.directory}: its configuration names the special token {value!r}, which"
-                f" is not in its vocabulary of {vocabulary}; correct {path.name} or {CONFIG}"
-            )
-    return {"bos_token_id": bos, "eos_token_ids": all_eos, "pad_token_id": pad}
-
-
 def _specification(
-    outline: CheckpointOutline, special_tokens: dict[str, Any], *, dtype: str, device: str
+    outline: CheckpointOutline, tokens: dict[str, Any], *, dtype: str, device: str
 ) -> Specification:
     fields = specification_fields(outline.architecture)
     compute = DTYPES[dtype].compute.name
     return Specification(
         **fields,
-        **special_tokens,
+        **tokens,
         plan=outline.plan,
         dtype=dtype,
         device=device,

@@ -28,6 +28,7 @@ class ExportReport:
         parity: The comparison with PyTorch; None if it was not asked for.
         parameters: Elements of all weights in the graph.
         seconds: Wall time of the whole.
+        notes: What a user should know of the checkpoint, in a line each.
     """
 
     model: Path
@@ -36,6 +37,7 @@ class ExportReport:
     parity: ParityReport | None
     parameters: int
     seconds: float
+    notes: Sequence[str] = ()
 
     def to_json(self) -> str:
         """The report for a program to read."""
@@ -45,6 +47,7 @@ class ExportReport:
             "parameters": self.parameters,
             "model_bytes": self.model.stat().st_size,
             "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
             "passes": [dataclasses.asdict(report) for report in self.passes],
             "parity": None if self.parity is None else self.parity.to_dict(),
         }

@@ -15,11 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from echoatt_exporter.errors import CheckpointError, TextError
-from echoatt_exporter.share.checkpoint import quiet_transformers
-from echoatt_runtime.errors import one_line
+from echoatt_exporter.share.tokenizer_files import has_tokenizer, open_tokenizer
 from echoatt_runtime.text import unicode_fault
 
 _PLAIN_SUFFIXES = (".txt", ".md", ".markdown")
@@ -118,21 +117,18 @@ def texts_digest(texts: Sequence[Text]) -> str:
 def load_tokenizer(
     model_dir: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in a model directory.
+    """The tokenizer that text is read with: the one in a model directory.
 
     Raises:
         CheckpointError: There is none, or it cannot be loaded.
     """
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_dir, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
+    directory = Path(model_dir)
+    if not has_tokenizer(directory):
         raise CheckpointError(
-            f"{model_dir}: no tokenizer that loads ({one_line(error)[:300]}); text needs one"
-        ) from error
-    return cast(PreTrainedTokenizerBase, tokenizer)
+            f"{directory}: no tokenizer, and text needs one; copy the files of the checkpoint's"
+            " tokenizer there"
+        )
+    return open_tokenizer(directory, trust_remote_code=trust_remote_code)
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:

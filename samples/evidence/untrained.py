@@ -30,7 +30,8 @@ from echoatt_exporter.analyze.search import PlanSearch, search_plans
 from echoatt_exporter.analyze.select import paper_plan
 from echoatt_exporter.analyze.similarity import measure_similarity
 from echoatt_exporter.evaluate.score import compare_scores
-from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher
+from echoatt_exporter.share.checkpoint import load_teacher
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
 
 SAMPLES, CALIBRATION, SEED = 200, 16, 0

@@ -12,7 +12,7 @@ from samples.robustness.target import Target
 
 from echoatt_exporter import load_shared
 from echoatt_exporter.bundle import copy_checkpoint_files
-from echoatt_exporter.share.checkpoint import checkpoint_digest
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_runtime import EchoModel, SamplingParams
 
 _CHAT = [{"role": "user", "content": "Holmes, a b c?"}]

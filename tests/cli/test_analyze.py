@@ -273,6 +273,6 @@ def test_students_and_directories_without_a_tokenizer_are_refused(
     shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     code, _, err = run("analyze", tmp_path / "bare", *command)
     assert code == 2
-    assert "no tokenizer that loads" in err
+    assert "no tokenizer, and text needs one" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()

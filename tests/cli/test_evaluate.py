@@ -14,7 +14,7 @@ from echoatt_cli import main
 from echoatt_exporter import export_bundle, load_shared
 from echoatt_exporter.evaluate.models import open_model
 from echoatt_exporter.evaluate.perplexity import compare_documents
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 from echoatt_exporter.texts import load_tokenizer, read_texts
 
 TEACHER = Path(__file__).resolve().parents[2] / "samples" / "tiny-books"
@@ -127,8 +127,11 @@ def test_tables_for_people(student: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (("{student}", "--text", "{tmp}/absent.txt"), "absent.txt"),
         (("{student}", "--text", "{tmp}/empty.txt"), "no text in"),
-        (("{tmp}/absent", "--text", "{text}"), "absent: no model"),
-        (("{student}", "--against", "{tmp}", "--text", "{text}"), "no model; give a Hugging Face"),
+        (("{tmp}/absent", "--text", "{text}"), "absent: no such directory"),
+        (
+            ("{student}", "--against", "{tmp}", "--text", "{text}"),
+            "not a Hugging Face model",
+        ),
         (("{text}", "--text", "{text}"), "is not an ONNX model"),
         (("{bundle}", "--text", "{text}", "--length", "65"), "give 2 to 64"),
         (("{bundle}", "--text", "{text}", "--device", "abacus"), "unknown device 'abacus'"),

@@ -44,6 +44,7 @@ def test_share_writes_the_student_and_says_what_became_smaller(
     assert report == {
         "student": str(tmp_path / "s2"),
         "sources": [0, 1, 1],
+        "notes": [],
         "parameters": dict(zip(("teacher", "student"), counts, strict=True)),
         "cache_bytes_per_token": dict(zip(("teacher", "student"), cache, strict=True)),
     }

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from echoatt_exporter import SharingPlan, load_shared
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 
 WORDS = 58
 

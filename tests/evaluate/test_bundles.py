@@ -21,7 +21,7 @@ from echoatt_exporter.evaluate.models import (
     open_model,
 )
 from echoatt_exporter.evaluate.perplexity import compare_documents, score_documents
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 from echoatt_exporter.texts import Text
 from echoatt_runtime.bundle import read_manifest
 from echoatt_runtime.contract import METADATA_KEY, SharingPlan
@@ -160,9 +160,10 @@ def test_bundle_without_a_tokenizer_is_refused(places: dict[str, Path], tmp_path
 
 
 def test_paths_that_hold_no_model_are_refused(places: dict[str, Path], tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="no model; give a Hugging Face directory"):
-            open_model(path)
+    with pytest.raises(CheckpointError, match="not a Hugging Face model directory"):
+        open_model(tmp_path)
+    with pytest.raises(CheckpointError, match="absent: no such directory"):
+        open_model(tmp_path / "absent")
     (tmp_path / "text.md").write_text("A text.")
     with pytest.raises(DamagedBundleError, match=r"text.md is not an ONNX model"):
         open_model(tmp_path / "text.md")

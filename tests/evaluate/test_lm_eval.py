@@ -15,7 +15,7 @@ import torch
 from echoatt_exporter import load_shared
 from echoatt_exporter.evaluate.models import CheckpointModel
 from echoatt_exporter.evaluate.perplexity import score_documents
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 from echoatt_exporter.texts import load_tokenizer, read_texts
 
 pytestmark = pytest.mark.skipif(

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from echoatt_exporter import SharingPlan, load_shared, share_attention
 from echoatt_exporter.errors import CheckpointError, UnsupportedModelError
-from echoatt_exporter.share import checkpoint
-from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher, save_student
+from echoatt_exporter.share.checkpoint import load_teacher
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_runtime.errors import PlanError
 
 Models = Callable[..., Any]
@@ -374,8 +374,6 @@ def test_corrupt_header_is_refused(teacher_dir: Path) -> None:
     raw[size // 2] ^= 0xFF
     (teacher_dir / WEIGHTS).write_bytes(raw)
     _refused(CheckpointError, teacher_dir, "truncated or corrupt")
-    (teacher_dir / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    _refused(CheckpointError, teacher_dir, "truncated or corrupt")
 
 
 def test_weights_without_tensors_are_refused(teacher_dir: Path) -> None:
@@ -498,18 +496,3 @@ def test_digest_of_nothing_is_refused(tmp_path: Path, teacher_dir: Path) -> None
     (teacher_dir / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         checkpoint_digest(teacher_dir)
-
-
-def test_public_names() -> None:
-    assert set(checkpoint.__all__) == {
-        "CheckpointOutline",
-        "check_new_directory",
-        "checkpoint_digest",
-        "is_student",
-        "load_model",
-        "load_shared",
-        "load_teacher",
-        "read_outline",
-        "save_student",
-    }
-    assert save_student is checkpoint.save_student

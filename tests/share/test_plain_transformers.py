@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from echoatt_exporter import EchoAttForCausalLM, SharingPlan, load_shared
 from echoatt_exporter.families import FAMILIES
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 
 Models = Callable[..., Any]
 MODELS = ("llama_tied_biased", *FAMILIES)

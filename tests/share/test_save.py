@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from echoatt_exporter import EchoAttConfig, EchoAttForCausalLM, SharingPlan, load_shared
 from echoatt_exporter.errors import CheckpointError, ExportError, OutputExistsError
-from echoatt_exporter.share.checkpoint import save_student
+from echoatt_exporter.share.save import save_student
 
 Models = Callable[..., Any]
 

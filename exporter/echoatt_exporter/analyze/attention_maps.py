@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
-from echoatt_exporter.share.checkpoint import quiet_transformers
 from echoatt_exporter.share.modeling_echoatt import ATTENTION_NAME, MaterializedAttention
+from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_runtime.errors import one_line
 
 

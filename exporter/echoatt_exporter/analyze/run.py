@@ -38,7 +38,9 @@ from echoatt_exporter.analyze.similarity import (
 )
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError, TextError
-from echoatt_exporter.share.checkpoint import checkpoint_digest, load_teacher
+from echoatt_exporter.share.checkpoint import load_teacher
+from echoatt_exporter.share.outline import read_teacher_outline
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
 from echoatt_runtime.errors import one_line
 
@@ -116,6 +118,8 @@ def analyze_model(
     check_free(target, force=force)
     texts = read_texts(text_paths)
     on_step("load", 0, 1, None)
+    read_teacher_outline(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     teacher = _load(source, device, trust_remote_code)
     architecture = architecture_of(teacher.config)
     choice.check(architecture)
@@ -124,7 +128,6 @@ def analyze_model(
             f"samples of {length} tokens do not fit the model's context of"
             f" {architecture.context_length}; give a length of 2 to {architecture.context_length}"
         )
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     windows = sample_windows(texts, tokenizer, length=length, count=samples, seed=seed)
     if len(windows) < 2:
         raise TextError(

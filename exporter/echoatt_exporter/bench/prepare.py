@@ -16,7 +16,7 @@ from echoatt_exporter.bench.shapes import CONTEXT_LENGTH, SHAPES, Shape, make_ch
 from echoatt_exporter.errors import BenchError
 from echoatt_exporter.export import export_bundle
 from echoatt_exporter.quantise.quantise import RoundingChoice
-from echoatt_exporter.share.checkpoint import checkpoint_digest
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_runtime.contract import DTYPES, SharingPlan
 
 OnStep = Callable[[str], None]

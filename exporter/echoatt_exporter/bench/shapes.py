@@ -20,7 +20,7 @@ from transformers import (
 
 from echoatt_exporter.bench.machine import available_memory
 from echoatt_exporter.errors import BenchError
-from echoatt_exporter.share.checkpoint import quiet_transformers
+from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_runtime.contract import SharingPlan
 
 # The published ones hold 2,048; without this 16,384 tokens could not be measured. Random weights

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from echoatt_exporter.errors import ExportError, OutputExistsError
-from echoatt_exporter.share.checkpoint import save_tokenizer
+from echoatt_exporter.share.tokenizer_files import save_tokenizer
 from echoatt_runtime.bundle import Bundle
 
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
-def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool = False) -> None:
+def copy_checkpoint_files(
+    source: Path, target: Path, *, trust_remote_code: bool = False
+) -> Sequence[str]:
     """Put tokenizer, chat template and configurations of a checkpoint into a directory.
 
     Args:
@@ -26,13 +29,17 @@ def copy_checkpoint_files(source: Path, target: Path, *, trust_remote_code: bool
         target: An existing directory.
         trust_remote_code: Let a tokenizer run code of the checkpoint's own.
 
+    Returns:
+        What a user should know of the tokenizer, in a line each; often nothing.
+
     Raises:
         CheckpointError: There is a tokenizer, and it cannot be loaded.
     """
-    save_tokenizer(source, target, trust_remote_code=trust_remote_code)
+    notes = save_tokenizer(source, target, trust_remote_code=trust_remote_code)
     for name in _CONFIG_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    return notes
 
 
 def copy_companions(bundle: Bundle, target: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from echoatt_exporter.architecture import specification_fields
 from echoatt_exporter.errors import ExportError
 from echoatt_exporter.quantise.block_quantizer import BLOCK_SIZE
-from echoatt_exporter.share.checkpoint import CheckpointOutline
+from echoatt_exporter.share.outline import CheckpointOutline
 from echoatt_runtime.contract import DTYPES
 
 _SCALE_BYTES = 4

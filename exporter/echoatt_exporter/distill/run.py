@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
+from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.distill.curves import draw_curves
 from echoatt_exporter.distill.data import TokenRows, pack_rows, split_stages
@@ -30,14 +31,12 @@ from echoatt_exporter.distill.trainer import (
 )
 from echoatt_exporter.errors import TrainingError
 from echoatt_exporter.share.apply import share_attention
-from echoatt_exporter.share.checkpoint import (
-    checkpoint_digest,
-    load_shared,
-    load_teacher,
-    quiet_transformers,
-    save_student,
-)
+from echoatt_exporter.share.checkpoint import load_shared, load_teacher
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
+from echoatt_exporter.share.outline import read_outline, read_teacher_outline
+from echoatt_exporter.share.quiet import quiet_transformers
+from echoatt_exporter.share.save import save_student
+from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import load_tokenizer, read_texts, texts_digest
 from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import one_line
@@ -112,6 +111,8 @@ def distill(
     folder = RunFolder(Path(out))
     folder.check_unfinished()
     texts = read_texts(text_files)
+    read_outline(student_dir, None, trust_remote_code=trust_remote_code)
+    read_teacher_outline(teacher_dir, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(student_dir, trust_remote_code=trust_remote_code)
     student = load_shared(student_dir, None, trust_remote_code=trust_remote_code)
     dtype, text_config = student.dtype, student.decoder.config
@@ -121,7 +122,7 @@ def distill(
         trust_remote_code=trust_remote_code,
     )
     check_pair(teacher_dir, teacher.config, text_config)
-    length = min(config.length, text_config.max_position_embeddings)
+    length = min(config.length, architecture_of(text_config).context_length)
     rows = pack_rows(texts, tokenizer, length)
     check_tokens(student_dir, rows, text_config.vocab_size)
     with quiet_transformers():

@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from echoatt_exporter.architecture import architecture_of
-from echoatt_exporter.errors import AnalysisError, CheckpointError
+from echoatt_exporter.errors import AnalysisError
 from echoatt_exporter.share.checkpoint import load_model
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM, MaterializedAttention
-from echoatt_exporter.share.unfit_checkpoints import CONFIG
+from echoatt_exporter.share.outline import read_outline
 from echoatt_exporter.texts import load_tokenizer
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import MODEL_FILE
@@ -180,13 +180,10 @@ def open_model(
         AnalysisError: PyTorch cannot compute on the device.
     """
     path = Path(path)
-    if path.is_file() or (path / MODEL_FILE).is_file():
+    is_gguf = path.suffix.lower() == ".gguf"
+    if (path.is_file() and not is_gguf) or (path / MODEL_FILE).is_file():
         return _open_bundle(path, device, threads, trust_remote_code)
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path}: no model; give a Hugging Face directory (with {CONFIG}), or a bundle (an"
-            f" .onnx file, or a directory with {MODEL_FILE})"
-        )
+    read_outline(path, None, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(_torch_device(device))

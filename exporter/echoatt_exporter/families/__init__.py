@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from transformers import PreTrainedConfig
 
 from echoatt_exporter.errors import UnsupportedModelError
-from echoatt_exporter.families.base import Family, LayerKind
+from echoatt_exporter.families.attention_kinds import LayerKind
+from echoatt_exporter.families.base import Family
 from echoatt_exporter.families.head_layouts import LayerHeads
 
 __all__ = ["FAMILIES", "Family", "LayerHeads", "LayerKind", "family_of", "known_families"]

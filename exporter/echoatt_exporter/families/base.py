@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from echoatt_exporter.errors import UnsupportedModelError
+from echoatt_exporter.families.attention_kinds import ALL_FULL, AttentionKinds
 from echoatt_exporter.families.head_layouts import (
     HeadLayout,
     LayerHeads,
@@ -17,37 +18,8 @@ from echoatt_exporter.families.head_layouts import (
     query_elements,
 )
 from echoatt_exporter.families.projections import take_inputs
+from echoatt_exporter.families.rotary import context_under_rotary, refuse_length_dependent_rope
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
-
-LayerKind = Literal["full", "sliding"]
-
-_KIND_OF_LAYER_TYPE: dict[str, LayerKind] = {
-    "full_attention": "full",
-    "sliding_attention": "sliding",
-}
-# Rotary variants whose frequencies depend on the length of the running sequence. A graph traced
-# once would freeze them at the traced length and be silently wrong at every other.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def kinds_by_layer_type(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
-    """Each layer's attention kind by `layer_types`; without, one kind, by `sliding_window`.
-
-    Raises:
-        UnsupportedModelError: A layer type that is neither full nor sliding attention.
-    """
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        window = getattr(config, "sliding_window", None)
-        layer_type = "full_attention" if window is None else "sliding_attention"
-        layer_types = [layer_type] * config.num_hidden_layers
-    unknown = sorted(set(layer_types) - set(_KIND_OF_LAYER_TYPE))
-    if unknown:
-        raise UnsupportedModelError(
-            f"layers of type {', '.join(unknown)} are not supported; EchoAtt shares full and"
-            " sliding attention"
-        )
-    return tuple(_KIND_OF_LAYER_TYPE[layer_type] for layer_type in layer_types)
 
 
 def same_heads_in_every_layer(config: PreTrainedConfig) -> tuple[LayerHeads, ...]:
@@ -61,32 +33,27 @@ def same_heads_in_every_layer(config: PreTrainedConfig) -> tuple[LayerHeads, ...
     return (heads,) * num_layers
 
 
-def refuse_length_dependent_rope(config: PreTrainedConfig) -> None:
-    """Refuse rotary angles that change with the length of the text.
+def hidden_size_over_heads(config: PreTrainedConfig) -> tuple[LayerHeads, ...]:
+    """Each layer's heads where every head has keys of its own and they share the hidden size.
 
-    Raises:
-        UnsupportedModelError: The configuration scales them so.
+    Such families read neither `head_dim` nor `num_key_value_heads`.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Gemma 3 has one set of parameters per layer type
-    sets = [rope] if "rope_type" in rope else [p for p in rope.values() if isinstance(p, dict)]
-    for parameters in sets:
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"rope_type {parameters['rope_type']!r} changes its frequencies with the length of"
-                " the text, which a fixed graph cannot; use a checkpoint with default, linear,"
-                " llama3 or yarn scaling"
-            )
+    heads, num_layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+    return (LayerHeads(heads, heads, config.hidden_size // heads),) * num_layers
 
 
 def refuse_bidirectional_attention(config: PreTrainedConfig) -> None:
-    """Refuse an encoder made of a decoder's layers.
+    """Refuse an encoder made of a decoder's layers, which any family can be.
 
     Raises:
         UnsupportedModelError: The configuration asks for it.
     """
-    if getattr(config, "use_bidirectional_attention", False):
+    if not getattr(config, "is_causal", True):
         raise UnsupportedModelError("bidirectional attention is not supported: not a decoder")
+
+
+REFUSALS = (refuse_bidirectional_attention, refuse_length_dependent_rope)
+"""What is refused of most families."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +69,8 @@ class Family:
         output: Name of the output projection in the attention.
         heads: How the attention stores its queries, keys and values.
         layer_heads: The heads of every layer, by the configuration.
-        layer_kinds: The attention kind of every layer, by the configuration.
+        attention_kinds: How its layers attend.
+        context_length: The most positions that a decoder was made for, by the configuration.
         dropout: Name of the configuration's field for dropout of attention probabilities.
         learned_positions: Whether positions are looked up in a table, which has no row for a
             position behind the context length.
@@ -117,10 +85,11 @@ class Family:
     output: str = "o_proj"
     heads: HeadLayout = field(default_factory=SeparateHeads)
     layer_heads: Callable[[PreTrainedConfig], tuple[LayerHeads, ...]] = same_heads_in_every_layer
-    layer_kinds: Callable[[PreTrainedConfig], tuple[LayerKind, ...]] = kinds_by_layer_type
+    attention_kinds: AttentionKinds = ALL_FULL
+    context_length: Callable[[PreTrainedConfig], int] = context_under_rotary
     dropout: str = "attention_dropout"
     learned_positions: bool = False
-    refusals: tuple[Callable[[PreTrainedConfig], None], ...] = (refuse_length_dependent_rope,)
+    refusals: tuple[Callable[[PreTrainedConfig], None], ...] = REFUSALS
     relatives: Mapping[str, str] = field(default_factory=dict)
 
     def layers_of(self, decoder: PreTrainedModel) -> nn.ModuleList:

@@ -1,12 +1,9 @@
 """Gemma 2: sliding and full layers by turns, capped scores and logits."""
 
-from echoatt_exporter.families.base import (
-    Family,
-    refuse_bidirectional_attention,
-    refuse_length_dependent_rope,
-)
+from echoatt_exporter.families.attention_kinds import BY_LAYER_TYPE
+from echoatt_exporter.families.base import REFUSALS, Family
+from echoatt_exporter.families.gemma_encoders import refuse_gemma_encoder
 
 FAMILY = Family(
-    model_type="gemma2",
-    refusals=(refuse_bidirectional_attention, refuse_length_dependent_rope),
+    model_type="gemma2", attention_kinds=BY_LAYER_TYPE, refusals=(refuse_gemma_encoder, *REFUSALS)
 )

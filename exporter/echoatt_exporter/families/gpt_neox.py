@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): queries, keys and values packed head by head."""
 
-from echoatt_exporter.families.base import Family
+from echoatt_exporter.families.base import Family, hidden_size_over_heads
 from echoatt_exporter.families.head_layouts import InterleavedHeads
 
 FAMILY = Family(
@@ -9,4 +9,5 @@ FAMILY = Family(
     attention="attention",
     output="dense",
     heads=InterleavedHeads("query_key_value"),
+    layer_heads=hidden_size_over_heads,
 )

@@ -39,6 +39,7 @@ def share_attention(teacher: PreTrainedModel, plan: SharingPlan) -> EchoAttForCa
         if order := plan.head_order(layer):
             reorder_heads(teacher, layer, order)
     family = family_of(text_config)
+    family.attention_kinds.forget_unread(text_config)
     layers = family.layers_of(teacher)
     for layer in plan.followers:
         attention = family.attention_of(layers[layer])

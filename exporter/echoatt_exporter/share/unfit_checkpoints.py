@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from echoatt_exporter.errors import CheckpointError, UnsupportedModelError
 from echoatt_exporter.families import FAMILIES, family_of, known_families
-from echoatt_exporter.share.weight_files import DENSE_DTYPES, StoredTensor, few
+from echoatt_exporter.share.model_directory import CONFIG
+from echoatt_exporter.share.weight_files import DENSE_DTYPES, StoredTensor, few, is_weight
 
-CONFIG = "config.json"
-
-# Larger than any tokenizer; what is here is read into memory, by other libraries too
-_LARGEST_TEXT = 256 << 20
-_TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
-
-
-def refuse_oversized(directory: Path) -> None:
-    """Refuse configurations and tokenizers that are too large to be any."""
-    for pattern in _TEXT_PATTERNS:
-        for path in directory.glob(pattern):
-            if path.is_file() and (size := path.stat().st_size) > _LARGEST_TEXT:
-                raise CheckpointError(f"{path}: has {size} bytes; copy or download it again")
+# What transformers calls models with another head on a decoder
+_OTHER_HEADS = (
+    "ForQuestionAnswering",
+    "ForRewardModel",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "RewardModel",
+)
 
 
 def refuse_quantised(directory: Path, raw: dict[str, Any]) -> None:
     """Refuse a configuration that says that the weights are quantised."""
-    found = raw.get("quantization_config") or raw.get("compression_config")
-    if found:
+    # The last one is MLX's
+    keys = ("quantization_config", "compression_config", "quantization")
+    if found := next((raw[key] for key in keys if raw.get(key)), None):
         method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
         raise UnsupportedModelError(
             f"{directory}: a quantised checkpoint (method {method}); EchoAtt needs the dense one"
-            " and quantises on export"
+            " that it was made from, and quantises on export"
         )
 
 
@@ -53,15 +56,47 @@ def refuse_foreign(
             f"{directory}: model type {family!r} comes with its own Python code, which is not run"
             f" unless you trust it (--trust-remote-code); EchoAtt knows {known_families()}"
         )
-    named = raw.get("architectures") or []
+    named = _architectures(raw)
     decoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not raw.get("is_encoder_decoder")
     if not decoder or (
         named and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
     ):
+        kind = _kind(raw, family)
         raise UnsupportedModelError(
-            f"{directory}: not a decoder (model type {family!r}); EchoAtt knows {known_families()}"
+            f"{directory}: {kind}not a decoder (model type {family!r}); EchoAtt knows"
+            f" {known_families()}"
         )
     # what is left is a decoder of a family that architecture_of() refuses with its own message
+
+
+def refuse_other_heads(directory: Path, raw: dict[str, Any]) -> None:
+    """Refuse a decoder that was saved without its LM head, for another task."""
+    if other := [name for name in _architectures(raw) if name.endswith(_OTHER_HEADS)]:
+        raise UnsupportedModelError(
+            f"{directory}: a {other[0]}, which has no LM head; give a checkpoint for causal LM"
+        )
+
+
+def _architectures(raw: dict[str, Any]) -> list[str]:
+    named = raw.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
+def _kind(raw: dict[str, Any], family: str) -> str:
+    """What a model that is no decoder of text is, as the beginning of a sentence."""
+    if any(key.startswith(("vision", "visual", "image", "mm_")) for key in raw):
+        return "a vision-language model, "
+    if any(key.startswith("audio") for key in raw):
+        return "a model of audio, "
+    seq_to_seq = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+    if raw.get("is_encoder_decoder") or any(family in names for names in seq_to_seq):
+        return "an encoder-decoder, "
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "an encoder, "
+    return ""
 
 
 def refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
@@ -69,7 +104,7 @@ def refuse_misfits(directory: Path, info: dict[str, Any]) -> None:
     faults = []
     if missing := info["missing_keys"]:
         faults.append(f"missing {few(missing)}")
-    if surplus := info["unexpected_keys"]:
+    if surplus := [name for name in info["unexpected_keys"] if is_weight(name)]:
         faults.append(f"surplus {few(surplus)}")
     if shapes := info["mismatched_keys"]:
         wrong = (f"{name} is {[*stored]}, not {[*wanted]}" for name, stored, wanted in shapes)
@@ -95,7 +130,7 @@ def refuse_other_modules(directory: Path, model: PreTrainedModel) -> None:
 
 
 def refuse_stored_as_integers(
-    directory: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
+    directory: Path, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Refuse weights that were stored as integers or 8-bit floats and would be cast."""
     names = model.state_dict().keys() & tensors.keys()

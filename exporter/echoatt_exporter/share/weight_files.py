@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ DENSE_DTYPES = {
     "BF16": torch.bfloat16,
 }
 
+# Masks and angles that older versions of transformers saved beside the weights, and compute now
+_NO_WEIGHT = re.compile(
+    r"(?:^|\.)(?:(?:self_)?(?:attn|attention)\.(?:masked_)?bias"
+    r"|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|position_ids)$"
+)
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OTHERS = {"*.gguf": "of GGUF", "*.onnx": "of an ONNX model", "*.h5": "of TensorFlow"}
+_OTHERS |= {"*.msgpack": "of Flax", "*.safetensors": "under other names"}
 _READ_BYTES = 1 << 22
 
 
@@ -63,6 +71,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return data
 
 
+def is_weight(name: str) -> bool:
+    """Whether a stored tensor may be a weight: what transformers computes by itself is none."""
+    return _NO_WEIGHT.search(name) is None
+
+
 def few(names: Iterable[str]) -> str:
     """The count and the first three of `names`, sorted."""
     found = sorted(names)
@@ -88,7 +101,15 @@ def weight_files(directory: Path) -> list[Path]:
             " load it once with transformers where you trust it, and save_pretrained() it to get"
             f" {SINGLE}"
         )
-    raise CheckpointError(f"{directory}: no weights; expected {SINGLE} or {INDEX}")
+    for pattern, kind in _OTHERS.items():
+        if others := sorted(path.name for path in directory.glob(pattern)):
+            raise CheckpointError(
+                f"{directory}: no weights but those {kind} ({others[0]}); expected {SINGLE} or"
+                f" {INDEX}, as the Hugging Face checkpoint has"
+            )
+    raise CheckpointError(
+        f"{directory}: no weights; expected {SINGLE} or {INDEX}; download the whole checkpoint"
+    )
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -112,7 +133,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor in `files` by name, from the headers alone.
+    """Every weight in `files` by name, from the headers alone.
 
     Raises:
         CheckpointError: A truncated or corrupt file, or a tensor that two files hold.
@@ -125,6 +146,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
                 found = {
                     name: StoredTensor(view.get_dtype(), tuple(view.get_shape()))
                     for name, view in header.items()
+                    if is_weight(name)
                 }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -136,7 +158,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def stored_dtype(tensors: dict[str, StoredTensor], directory: Path) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, StoredTensor], directory: Path) -> torch.dtype:
     """The dtype that most weights of a checkpoint are stored in.
 
     Raises:
