@@ -107,7 +107,7 @@ def test_calibrated_rounding_loses_less_on_other_text(stories260k: Path, shared_
     round_calibrated(calibrated, to_nearest(4), own, _ignore)
     texts = read_texts([shared_dir / "data" / "tinystories.txt"])
     windows = sample_windows(texts, load_tokenizer(stories260k), length=256, count=8)
-    assert _difference(exact, calibrated, windows) < 0.7 * _difference(exact, nearest, windows)
+    assert _difference(exact, calibrated, windows) < 0.8 * _difference(exact, nearest, windows)
 
 
 def test_the_copy_with_exact_weights_stays_exact(make: Make) -> None:

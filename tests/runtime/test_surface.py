@@ -1,6 +1,7 @@
 """What callers hand in by mistake, and what is as good as Python's own."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,12 @@ from echoatt_runtime import (
     SamplingParams,
     SharingPlan,
 )
+
+
+def named(value):
+    """A test's name, which is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", ascii(value))
+
 
 PARAMS = SamplingParams(max_new_tokens=3, ignore_eos=True)
 MESSAGE = {"role": "user", "content": "hi"}
@@ -40,7 +47,7 @@ MESSAGE = {"role": "user", "content": "hi"}
         ({"prefill_chunk": "8"}, OptionError, "prefill_chunk is '8'"),
         ({"prefill_chunk": None}, OptionError, "prefill_chunk is None"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_arguments_of_loading(bundle, arguments, error, fault):
     with pytest.raises(error, match=fault):
@@ -80,7 +87,7 @@ def test_numpys_numbers_load_a_bundle(bundle):
         ([1, 2**70], "mixes kinds|outside the vocabulary"),
         (np.array([2**63], np.uint64), "outside the vocabulary"),
     ],
-    ids=ascii,
+    ids=named,
 )
 def test_what_is_no_prompt(model, prompts, fault):
     for call in (model.generate, model.stream):
@@ -92,7 +99,7 @@ def test_what_is_no_prompt(model, prompts, fault):
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"max_new_tokens": 2}, 5, "x", [None], np.array([1]), iter([PARAMS])], ids=str
+    "params", [{}, {"max_new_tokens": 2}, 5, "x", [None], np.array([1]), iter([PARAMS])], ids=named
 )
 def test_what_are_no_sampling_parameters(model, params):
     for call in (model.generate, model.stream):
@@ -111,7 +118,7 @@ def test_what_are_no_sampling_parameters(model, params):
         (np.array([1.5]), "has token 1.5, outside"),
         ([], "no tokens"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_has_no_logits(model, tokens, fault):
     with pytest.raises(PromptError, match=fault):
@@ -145,7 +152,7 @@ def test_integers_of_any_kind_are_tokens(model):
         ({"min_p": None}, "min_p is None"),
         ({"seed": np.int64(-1)}, "seed is np.int64(-1)"),
     ],
-    ids=ascii,
+    ids=named,
 )
 def test_sampling_parameters_of_another_kind(changes, fault):
     with pytest.raises(SamplingError) as caught:

@@ -27,7 +27,10 @@ _TABLE_BITS: Final = 8
 # What a graph takes in its file, somewhat more than was seen: the layers of SmolLM2 11,500 each
 _GRAPH_BYTES: Final = 65_536
 _LAYER_BYTES: Final = 14_000
+# Windows of text; a large model takes longer and loses less by each
 _WINDOWS: Final = 24
+_WINDOWS_OF_LARGE: Final = 16
+_LARGE: Final = 300_000_000
 _LENGTH: Final = 256
 
 # Told (what is being done, done, total)
@@ -116,15 +119,17 @@ def quantise_student(
         round_to_nearest(student, quantisation, on_weight)
     else:
         length = min(_LENGTH, specification.context_length)
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        count = _WINDOWS if parameters < _LARGE else _WINDOWS_OF_LARGE
         if choice.texts:
             texts = read_texts(choice.texts)
             tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
-            windows = sample_windows(texts, tokenizer, length=length, count=_WINDOWS)
+            windows = sample_windows(texts, tokenizer, length=length, count=count)
             origin = f"given, SHA-256 {texts_digest(texts)}"
         else:
             on_part("calibration text", 0, 1)
             windows = draw_windows(
-                student, count=_WINDOWS, length=length, begin=specification.bos_token_id
+                student, count=count, length=length, begin=specification.bos_token_id
             )
             origin = "written by the model"
         if choice.max_megabytes is not None and bits == 4:
