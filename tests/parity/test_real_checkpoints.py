@@ -64,7 +64,8 @@ FAULTS = {
         lambda m: mutants.scale_weight(m, "model.layers.16.self_attn.v_proj.weight", 1.01),
         16,
     ),
-    "wrong source": Fault("SplitDecode", lambda m: planted.use_wrong_source(m, 12, 3), 12),
+    # Before, the contract's check refuses it
+    "wrong source": Fault("CheckContract", lambda m: planted.use_wrong_source(m, 12, 3), 12),
     "values written one token early": Fault(
         "CheckContract", lambda m: planted.write_one_token_early(m, "present.13.value"), 13
     ),
