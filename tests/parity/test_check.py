@@ -143,7 +143,9 @@ def test_the_reference_is_what_the_oracle_computes(tiny_model: Any, oracle: Any)
     assert len(reference.texts) == 4
     for text in reference.texts:
         expected = judge.logits(text.tokens)[text.positions]
-        np.testing.assert_allclose(text.logits, expected, atol=2e-4 * expected.std())
+        np.testing.assert_allclose(text.logits, expected, atol=1e-5 * expected.std())
+        # No rotation, whose angles are the checkpoint's float32: nothing but the logits is rounded
+        np.testing.assert_allclose(text.logits[0], expected[0], rtol=2e-7, atol=1e-9)
 
 
 def test_long_texts_run_in_pieces_with_the_same_result(

@@ -162,6 +162,21 @@ def test_a_16_bit_bundle_without_its_weights_is_damaged(half: Any, write: Any) -
         compare(half.reference, bundle)
 
 
+def test_float64_is_rounded_nowhere_and_other_numbers_are_left_alone() -> None:
+    wide, narrow = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2)
+    with Precision(torch.float64):
+        for kept in (
+            wide.float(),
+            wide.to(torch.float32),
+            wide.type(torch.float16),
+            torch.softmax(wide, -1, dtype=torch.float32),
+            wide @ narrow,
+        ):
+            assert kept.dtype == torch.float64
+        assert (narrow @ narrow).dtype == torch.float32
+        assert wide.long().float().dtype == torch.float32
+
+
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("own", [torch.float32, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ class Statistics:
                 allowed = tolerance.largest * yardstick / self._spread
                 candidates.append(Nearest(measure, each.position, found / self._spread, allowed))
         return CaseReport(
-            **{name: getattr(self.difference(), name) for name in Difference.__slots__},
+            **dataclasses.asdict(self.difference()),
             allowed_abs_error=tolerance.largest * where.yardstick_largest,
             nearest=max(candidates, key=lambda nearest: nearest.excess),
         )
