@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from echoatt_exporter.analyze.candidates import PlanCandidate
     from echoatt_exporter.analyze.findings import AnalysisReport
     from echoatt_exporter.analyze.run import OnStep
-    from echoatt_exporter.analyze.search import PlanCandidate
 
 HELP = "measure which layers may share attention, and choose a sharing plan"
+
+# Of lines of progress where there is no terminal
+_SECONDS_BETWEEN_LINES = 20
 
 _METHODS = ("cost", "paper", "threshold")
 
@@ -95,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Analyse, and say what was found."""
     from echoatt_exporter.analyze.run import analyze_model
 
-    with _progress(quiet=arguments.json) as on_step:
+    with _told_when_stopped(Path(arguments.out)), _progress(quiet=arguments.json) as on_step:
         report = analyze_model(
             arguments.model_dir,
             arguments.text,
@@ -121,6 +126,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _told_when_stopped(out: Path) -> Iterator[None]:
+    """Say, when it is interrupted, what is left of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / "progress").is_dir():
+            print(
+                f"echoatt: stopped; {out / 'progress'} keeps what was measured, and the same"
+                " command goes on from there",
+                file=sys.stderr,
+            )
+        raise
+
+
 def _show(report: AnalysisReport) -> None:
     """Print the plan, what it costs, the front, and where everything is."""
     from rich.box import SIMPLE
@@ -142,6 +162,8 @@ def _show(report: AnalysisReport) -> None:
     for candidate in sorted(shown, key=lambda one: len(one.plan.followers)):
         table.add_row(*_cells(candidate), style="bold" if candidate == chosen else "")
     console.print(table)
+    for warning in report.warnings:
+        console.print(f"\n{warning}\n", style="bold red", soft_wrap=True, highlight=False)
     front = "" if report.search is None else ", the front's plans in front/"
     console.print(
         f"{report.out / 'report.html'}: the report; beside it the plan in plan.json{front};"
@@ -157,16 +179,37 @@ def _cells(candidate: PlanCandidate) -> list[str]:
     return [
         f"{len(candidate.plan.followers)} ({candidate.plan.ratio:.0%})",
         f"{cost.kl:.4f} ± {cost.kl_standard_error:.4f}",
-        f"{cost.perplexity_ratio:.3f}x",
+        f"{cost.perplexity_ratio:.3f}x{' ruined' if cost.ruined else ''}",
         f"-{footprint.parameters_removed_share:.1%}",
         f"{footprint.cache_bytes_per_token:,.0f}",
         f"{candidate.estimated_speed:.2f}x",
     ]
 
 
+_HEADINGS = {
+    "load": "loading model and text",
+    "samples": "comparing attention maps",
+    "screen": "estimating all pairs",
+    "pairs": "measuring pairs",
+    "plans": "measuring plans",
+    "best plans": "measuring the best plans",
+}
+
+
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[OnStep]:
-    """A bar for the samples and one for the measured plans; drawn only on a terminal."""
+    """A bar for each step; where nobody watches a terminal, a line now and then."""
+    if quiet:
+        yield lambda _step, _done, _total: None
+    elif sys.stderr.isatty():
+        with _bars() as on_step:
+            yield on_step
+    else:
+        yield _Lines()
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[OnStep]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -176,34 +219,46 @@ def _progress(*, quiet: bool) -> Iterator[OnStep]:
         TimeRemainingColumn,
     )
 
-    headings = {
-        "load": "loading model and text",
-        "samples": "comparing attention maps",
-        "plans": "measuring plans",
-    }
     with Progress(
         TextColumn("{task.description:<26}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}"),
         console=Console(stderr=True),
         transient=True,
-        disable=quiet or not sys.stderr.isatty(),
     ) as bar:
         tasks = {
-            name: bar.add_task(heading, total=None, start=False, visible=False, best="")
-            for name, heading in headings.items()
+            name: bar.add_task(heading, total=None, start=False, visible=False)
+            for name, heading in _HEADINGS.items()
         }
 
-        def on_step(step: str, done: int, total: int, best: PlanCandidate | None) -> None:
-            task = tasks[step]
-            bar.start_task(task)
-            found = (
-                ""
-                if best is None
-                else f"best of {len(best.plan.followers)} followers: KL {best.cost.kl:.4f}"
-            )
-            bar.update(task, completed=done, total=total, visible=True, best=found)
+        def on_step(step: str, done: int, total: int) -> None:
+            if step == "resumed":
+                bar.console.print(_resumed(done))
+                return
+            bar.start_task(tasks[step])
+            bar.update(tasks[step], completed=done, total=total, visible=True)
 
         yield on_step
+
+
+class _Lines:
+    """What is being done as lines on standard error: one when it begins, then one now and then."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._step = ""
+        self._said = 0.0
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now = self._clock()
+        if step == self._step and now - self._said < _SECONDS_BETWEEN_LINES:
+            return
+        self._step, self._said = step, now
+        line = _resumed(done) if step == "resumed" else f"{_HEADINGS[step]}: {done} of {total}"
+        print(f"echoatt: {line}, after {now - self._start:,.0f} s", file=sys.stderr, flush=True)
+
+
+def _resumed(plans: int) -> str:
+    return f"going on from what was measured before: {plans} plans"

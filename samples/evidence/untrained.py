@@ -24,11 +24,12 @@ from samples.evidence.common import (
 )
 
 from echoatt_exporter import SharingPlan, share_attention
+from echoatt_exporter.analyze.candidates import PlanSearch
+from echoatt_exporter.analyze.compare_maps import measure_similarity
 from echoatt_exporter.analyze.match_heads import align_plan
 from echoatt_exporter.analyze.probe import PlanProbe
-from echoatt_exporter.analyze.search import PlanSearch, search_plans
+from echoatt_exporter.analyze.search import search_plans
 from echoatt_exporter.analyze.select import paper_plan
-from echoatt_exporter.analyze.similarity import measure_similarity
 from echoatt_exporter.evaluate.score import compare_scores
 from echoatt_exporter.share.checkpoint import load_teacher
 from echoatt_exporter.share.weight_files import checkpoint_digest

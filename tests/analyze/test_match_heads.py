@@ -14,8 +14,9 @@ from tests.wording import whole
 from transformers import PreTrainedModel
 
 from echoatt_exporter import SharingPlan, share_attention
+from echoatt_exporter.analyze.compare_maps import measure_similarity
 from echoatt_exporter.analyze.match_heads import align_plan, match_heads
-from echoatt_exporter.analyze.similarity import HeadSimilarity, measure_similarity
+from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import architecture_of
 from echoatt_runtime.errors import PlanError
 

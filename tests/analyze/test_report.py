@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import re
 import shlex
@@ -21,12 +22,18 @@ from tests.wording import says
 
 from echoatt_cli import _parser
 from echoatt_exporter import SharingPlan
-from echoatt_exporter.analyze.findings import AnalysisReport, HeadAlignment, head_alignment
+from echoatt_exporter.analyze.candidates import PlanCandidate, PlanSearch
+from echoatt_exporter.analyze.diagram import plan_svg
+from echoatt_exporter.analyze.findings import (
+    AnalysisReport,
+    HeadAlignment,
+    SinkFinding,
+    head_alignment,
+)
 from echoatt_exporter.analyze.footprint import footprint_of
 from echoatt_exporter.analyze.pictures import trade_off_figure
 from echoatt_exporter.analyze.probe import PlanCost
 from echoatt_exporter.analyze.report import render_report
-from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import architecture_of
 
@@ -80,6 +87,7 @@ def candidates(plans: Iterable[tuple[int, ...]]) -> list[PlanCandidate]:
                 kl_standard_error=0.00123 * (1 + number),
                 perplexity=12.5 * (1 + number / 7),
                 teacher_perplexity=12.25,
+                windows=5,
             ),
             footprint=footprint_of(config, SharingPlan(sources), context=60),
         )
@@ -105,7 +113,8 @@ def report() -> AnalysisReport:
         similarity=similarity_of(6, model="<script>alert(2)</script>"),
         importance=(0.5, 0.7, 0.6, 0.9, 0.8, 0.4),
         chosen=front[1],
-        search=PlanSearch(pairs_LL, tuple(front), tuple(front), front[1], measurements=9),
+        search=PlanSearch(pairs_LL, pairs_LL < 0.01, tuple(front), tuple(front), front[1], tried=9),
+        sink=None,
         alignment=(HeadAlignment(2, 0, 3, 4, 0.25, 0.75), HeadAlignment(3, 1, 0, 4, 0.5, 0.5)),
         calibration_windows=5,
         created="2026-01-02T03:04:05+00:00",
@@ -189,6 +198,57 @@ def test_commands_can_be_pasted(report: AnalysisReport) -> None:
     assert distill.text == ["<script>alert(1)</script>.txt", "two words.md"]
     assert (evaluate.model, evaluate.against) == (f"{healed}/student", model)
     assert (export.model_dir, export.out) == (f"{healed}/student", f"{healed}.onnx")
+
+
+def test_warnings_come_before_what_to_do_next(report: AnalysisReport) -> None:
+    assert report.warnings == []
+    worse = replace(report.chosen.cost, kl=1.7)
+    ruined = replace(report, chosen=replace(report.chosen, cost=worse))
+    assert says(
+        ruined.warnings[0], "This plan ruins the model: perplexity 1.2 times as high, KL 1.70"
+    )
+    assert not replace(worse, kl=1.5).ruined
+    assert replace(worse, kl=0.1, perplexity=5.1 * 12.25).ruined
+    beside = SinkFinding(kept=0.04, beside=candidates([(0, 1, 0, 1, 4, 5)])[0])
+    both = replace(ruined, search=None, method="paper", sink=beside)
+    page = Page(render_report(both)).text
+    sink = page.index("The cut is the attention sink's: without the first token 4% is left")
+    assert page.index("This plan ruins the model") < sink < page.index("What to do next")
+    assert "lets 2 of 6 follow, at a KL of 0.0123" in page
+    unlike = replace(both, sink=replace(beside, kept=0.9))
+    assert len(unlike.warnings) == 1
+
+
+@pytest.mark.parametrize("layers", [2, 12, 18, 30, 48, 80])
+def test_the_diagram_shows_every_layer_on_the_page(layers: int) -> None:
+    """The page is 68 rem wide with margins of 1: 1,056 pixels."""
+    sources = tuple(x if x % 3 == 0 else x - x % 3 if x % 2 else 0 for x in range(layers))
+    svg = ET.fromstring(plan_svg(SharingPlan(sources), "a plan"))  # noqa: S314 - our own
+    width, height = float(svg.attrib["width"]), float(svg.attrib["height"])
+    assert width <= 1056
+    boxes = []
+    for group in svg.iter("g"):
+        rect, number, note = list(group)
+        x, y, wide, high = (float(rect.attrib[name]) for name in ("x", "y", "width", "height"))
+        boxes.append((y, x, x + wide))
+        assert x >= 0
+        assert x + wide <= width
+        assert y + high + 16 <= height
+        # digits of 14 and 12 pixels are less than two thirds of that wide
+        assert len(number.text or "") * 14 * 0.6 <= wide
+        assert len(note.text or "") * 12 * 0.6 <= wide * 1.3
+    assert len(boxes) == layers
+    assert boxes == sorted(boxes)
+    for (row, _, right), (next_row, left, _) in itertools.pairwise(boxes):
+        assert row < next_row or right < left
+    arcs = [path.attrib["d"] for path in svg.iter("path") if path.attrib["class"] == "arc"]
+    assert len(arcs) == sum(x != source for x, source in enumerate(sources))
+    for arc in arcs:
+        points = [float(number) for number in re.findall(r"-?[0-9.]+", arc)]
+        xs, ys = points[::2], points[1::2]
+        assert all(0 <= x <= width for x in xs)
+        # a curve reaches three quarters of the way to its control points
+        assert ys[0] - 0.75 * (ys[0] - min(ys)) >= 0
 
 
 def test_a_plan_without_followers_and_without_a_search(report: AnalysisReport) -> None:

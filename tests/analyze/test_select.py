@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.wording import whole
 
-from echoatt_exporter.analyze.select import layer_importance, paper_plan, threshold_plan
+from echoatt_exporter.analyze.select import (
+    follows_the_sink,
+    kept_without_first,
+    layer_importance,
+    paper_plan,
+    threshold_plan,
+)
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
@@ -110,6 +117,28 @@ def test_blocks_stay_within_one_kind_of_attention() -> None:
     assert paper_plan(similarity, architecture, ratio=1).sources == (0, 1, 0, 1, 0, 1)
     alike = similarity_of(np.ones((6, 6)))
     assert threshold_plan(alike, architecture, 1).sources == (0, 1, 0, 1, 0, 1)
+
+
+def with_first_token(levels: Sequence[float], sinks: Sequence[float]) -> LayerSimilarity:
+    """Layers as alike as their levels say, which look as alike as the sinks say."""
+    raw, rest = graded(sinks), graded(levels)
+    return replace(raw, mean_without_first=rest.mean)
+
+
+def test_a_cut_at_the_attention_sink_is_told_from_one_that_is_not() -> None:
+    levels, sinks = [0.5, 0.3, 0.52, 0.51, 0.5, 0.3], [0.3, 0.3, 0.9, 0.9, 0.92, 0.91]
+    sink = with_first_token(levels, sinks)
+    assert paper_plan(sink, full(6)).sources == (0, 1, 1, 1, 1, 1)
+    assert paper_plan(sink, full(6), without_first=True).sources == (0, 1, 1, 1, 1, 5)
+    kept = kept_without_first(sink, full(6))
+    assert kept == pytest.approx(0.105, abs=0.1)
+    assert follows_the_sink(kept)
+    none = with_first_token(LEVELS, LEVELS)
+    assert kept_without_first(none, full(22)) == pytest.approx(1)
+    assert not follows_the_sink(1.0)
+    alike = similarity_of(np.ones((4, 4)))
+    assert kept_without_first(alike, full(4)) is None
+    assert not follows_the_sink(None)
 
 
 def test_threshold_compares_with_the_source_of_the_run() -> None:

@@ -13,12 +13,12 @@ import torch
 from tests.tiny_models import VOCAB_SIZE
 from transformers import PreTrainedModel
 
-from echoatt_exporter.analyze import similarity as similarity_module
+from echoatt_exporter.analyze import compare_maps
+from echoatt_exporter.analyze.compare_maps import measure_similarity
 from echoatt_exporter.analyze.similarity import (
     METRICS,
     HeadSimilarity,
     LayerSimilarity,
-    measure_similarity,
 )
 from echoatt_exporter.errors import AnalysisError
 
@@ -63,7 +63,7 @@ def test_figures_equal_numbers_worked_out_by_hand(
             ],
         ]
     )
-    monkeypatch.setattr(similarity_module, "attention_maps", lambda teacher, window: maps)
+    monkeypatch.setattr(compare_maps, "attention_maps", lambda teacher, window: maps)
     layers, heads = measure(tiny_model("llama"), WINDOWS[:1])
     # First heads: 1 + 0.5 + 0.12 + 0.04 + 0.12 = 1.78, squares 1.86 and 2.46; second 2, 3 and 3
     assert layers.mean[0, 1] == pytest.approx(3.78 / np.sqrt(4.86 * 5.46), abs=1e-7)

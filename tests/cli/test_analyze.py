@@ -19,9 +19,10 @@ from tests.wording import says
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from echoatt_cli import main
-from echoatt_cli.analyze import _METHODS
+from echoatt_cli.analyze import _HEADINGS, _METHODS, _Lines
 from echoatt_exporter import SharingPlan, load_shared
 from echoatt_exporter.analyze.choice import Method
+from echoatt_exporter.analyze.run import analyze_model
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 from echoatt_exporter.share.checkpoint import load_teacher
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
@@ -75,6 +76,7 @@ class Analysis:
 
     out: Path
     printed: str
+    told: str
 
     def read(self, name: str) -> Any:
         return json.loads((self.out / name).read_text())
@@ -86,9 +88,10 @@ def by_cost(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("analyses") / "by cost"
     arguments = ("analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
         assert main([str(argument) for argument in arguments]) == 0
-    return Analysis(out, printed.getvalue())
+    return Analysis(out, printed.getvalue(), told.getvalue())
 
 
 def test_methods_are_those_of_the_library() -> None:
@@ -119,6 +122,137 @@ def test_cost_writes_everything_and_shows_the_front(by_cost: Analysis, text: Pat
     png = imread(by_cost.out / "similarity.png")
     assert png.shape[:2] == (1080, 1920)
     assert png[..., :3].std() > 0.1
+
+
+def test_without_a_terminal_each_step_is_a_line(by_cost: Analysis) -> None:
+    lines = by_cost.told.splitlines()
+    assert all(line.startswith("echoatt: ") and line.endswith(" s") for line in lines)
+    begun = list(dict.fromkeys(line.split(": ")[1] for line in lines))
+    assert begun == list(_HEADINGS.values())
+
+
+def test_lines_of_progress_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    on_step = _Lines(clock=lambda: now[0])
+    for done in range(1, 50):
+        now[0] += 1
+        on_step("samples" if done < 30 else "screen", done, 50)
+    assert capsys.readouterr().err.splitlines() == [
+        "echoatt: comparing attention maps: 1 of 50, after 1 s",
+        "echoatt: comparing attention maps: 21 of 50, after 21 s",
+        "echoatt: estimating all pairs: 30 of 50, after 30 s",
+    ]
+
+
+class StoppedError(Exception):
+    """In the place of a signal."""
+
+
+def stop_at(step: str, times: int) -> Callable[[str, int, int], None]:
+    """An `on_step` that raises when a step has been told of so many times."""
+    left = [times]
+
+    def on_step(name: str, _done: int, _total: int) -> None:
+        left[0] -= name == step
+        if not left[0]:
+            raise StoppedError
+
+    return on_step
+
+
+def test_a_stopped_analysis_goes_on_to_the_same_result(
+    by_cost: Analysis,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in every step, and once killed before what it had measured since was written."""
+    for module in ("progress", "measured"):
+        monkeypatch.setattr(f"echoatt_exporter.analyze.{module}._BETWEEN", -1)
+    monkeypatch.setattr("echoatt_exporter.analyze.probe._BATCH_TOKENS", LENGTH)
+    monkeypatch.setattr("echoatt_exporter.analyze.screen._BATCH_TOKENS", LENGTH)
+    monkeypatch.setattr("echoatt_exporter.analyze.probe._FEW_TOKENS", 2 * LENGTH)
+    whole_run = analyze_model(checkpoint, [text], tmp_path / "whole", length=LENGTH)
+    out = tmp_path / "stopped"
+    stops = [("samples", 3), ("screen", 2), ("pairs", 1), ("plans", 2), ("best plans", 4)]
+    for step, times in stops:
+        with pytest.raises(StoppedError):
+            analyze_model(checkpoint, [text], out, length=LENGTH, on_step=stop_at(step, times))
+        assert [path.name for path in out.iterdir()] == ["progress"]
+    # killed in the middle of writing
+    (out / "progress" / ".measured.json.partial").write_text("[{")
+    told: list[tuple[str, int, int]] = []
+    found = analyze_model(
+        checkpoint, [text], out, length=LENGTH, on_step=lambda *news: told.append(news)
+    )
+    resumed = [done for step, done, _ in told if step == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] > 3
+    steps = {step for step, _, _ in told}
+    assert steps == {"load", "resumed", "best plans"}  # the others were done
+    assert found.search is not None
+    assert whole_run.search is not None
+    assert found.search.to_dict() == whole_run.search.to_dict()
+    for name in ("similarity.json", "search.json", "plan.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in by_cost.out.iterdir()
+    )
+
+
+def test_what_another_analysis_began_is_not_gone_on_with(
+    checkpoint: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    with pytest.raises(StoppedError):
+        analyze_model(checkpoint, [text], out, length=LENGTH, on_step=stop_at("samples", 3))
+    command = ("analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH - 1)
+    code, _, err = run(*command)
+    assert code == 2
+    assert "another analysis was begun here" in err
+    assert [path.name for path in out.iterdir()] == ["progress"]
+    code, _, err = run(*command, "--force")
+    assert code == 0
+    assert "going on" not in err
+    assert not (out / "progress").exists()
+
+
+def test_interrupted_it_says_what_is_kept(
+    checkpoint: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echoatt_exporter.analyze.run.search_plans", interrupted)
+    out = tmp_path / "o"
+    code, _, err = run("analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH)
+    assert code == 130
+    assert err.endswith(
+        f"echoatt: stopped; {out / 'progress'} keeps what was measured, and the same command goes"
+        " on from there\n"
+    )
+    assert {path.name for path in (out / "progress").iterdir()} == {
+        "key.json", "samples.npz", "screen.npz", "measured.json"
+    }  # fmt: skip
+
+
+def test_a_plan_that_ruins_the_model_is_called_that_before_what_to_do_next(
+    by_cost: Analysis, checkpoint: Path, text: Path, run: Run, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert "ruin" not in by_cost.printed
+    assert 'class="warning"' not in (by_cost.out / "report.html").read_text()
+    monkeypatch.setattr("echoatt_exporter.analyze.probe.RUIN", 1.0)
+    out = tmp_path / "o"
+    code, printed, _ = run(
+        "analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH,
+        "--method", "paper", "--ratio", 0.5,
+    )  # fmt: skip
+    assert code == 0
+    assert printed.index("This plan ruins the model") < printed.index("report.html")
+    page = (out / "report.html").read_text()
+    assert page.index("This plan ruins the model") < page.index("What to do next")
 
 
 def test_the_plan_is_what_was_measured(by_cost: Analysis, checkpoint: Path, text: Path) -> None:
@@ -177,7 +311,8 @@ def test_paper_replaces_an_analysis_and_measures_the_same(
     assert code == 0
     assert "(2 of 4 layers follow, 50%" in printed
     assert sorted(path.name for path in out.iterdir()) == [
-        "plan.json", "report.html", "similarity.json", "similarity.png"
+        "plan-without-first-token.json", "plan.json", "report.html", "similarity.json",
+        "similarity.png",
     ]  # fmt: skip
     same = (out / "similarity.json").read_bytes()
     assert same == (by_cost.out / "similarity.json").read_bytes()
@@ -207,9 +342,12 @@ def test_a_failure_at_the_end_leaves_what_was_there(
     assert (code, printed) == (2, "")
     assert err.count("\n") == 1
     assert "cannot write the analysis" in err
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert after.pop("progress")  # what was measured is not lost
+    assert after == before
     assert run(*command, "--out", tmp_path / "new")[0] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["progress"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "o"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from echoatt_exporter.analyze.candidates import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.choice import Method
-from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
+from echoatt_exporter.analyze.probe import RUIN
+from echoatt_exporter.analyze.publish import WITHOUT_FIRST
+from echoatt_exporter.analyze.select import follows_the_sink
 from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_runtime.contract import SharingPlan
@@ -64,6 +68,24 @@ def head_alignment(plan: SharingPlan, similarity: HeadSimilarity) -> tuple[HeadA
 
 
 @dataclass(frozen=True, slots=True)
+class SinkFinding:
+    """Whether the paper's cut is that of an attention sink, and the same rule without it.
+
+    Attributes:
+        kept: How much of the cut is left without the first token; see `kept_without_first`.
+        beside: The plan of the same rule on maps without the first token.
+    """
+
+    kept: float | None
+    beside: PlanCandidate
+
+    @property
+    def followed(self) -> bool:
+        """Whether it is."""
+        return follows_the_sink(self.kept)
+
+
+@dataclass(frozen=True, slots=True)
 class AnalysisReport:
     """What an analysis found.
 
@@ -79,6 +101,7 @@ class AnalysisReport:
         importance: Each layer's mean similarity to the others; low is important.
         chosen: The plan, and what it costs.
         search: Everything that the cost method measured; None for the others.
+        sink: What the paper's method makes of the first token; None for the others.
         alignment: How the followers' heads line up, one entry a follower; None if they were left
             as they stood.
         calibration_windows: Samples that costs were measured on.
@@ -97,6 +120,7 @@ class AnalysisReport:
     importance: Sequence[float]
     chosen: PlanCandidate
     search: PlanSearch | None
+    sink: SinkFinding | None
     alignment: Sequence[HeadAlignment] | None
     calibration_windows: int
     created: str
@@ -114,6 +138,30 @@ class AnalysisReport:
             "seed": similarity.seed,
         }
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before anything is done with the plan, a sentence or two each."""
+        found = []
+        cost = self.chosen.cost
+        if cost.ruined:
+            found.append(
+                f"This plan ruins the model: perplexity {cost.perplexity_ratio:,.1f} times as high,"
+                f" KL {cost.kl:.2f} nats a token ({RUIN:g} times, or {math.log(RUIN):.2f} nats, is"
+                " where healing has little to start from). Let fewer layers follow"
+                + ("." if self.method == "cost" else ", or let cost choose them.")
+            )
+        if self.sink is not None and self.sink.followed:
+            beside = self.sink.beside
+            found.append(
+                "The cut is the attention sink's: without the first token"
+                f" {max(0.0, self.sink.kept or 0.0):.0%} is left of the difference between the"
+                " layers that follow and the others. The same rule on maps without it lets"
+                f" {len(beside.plan.followers)} of {beside.plan.num_layers} follow, at a KL of"
+                f" {beside.cost.kl:.4f} and a perplexity {beside.cost.perplexity_ratio:,.3f} times"
+                f" as high: {WITHOUT_FIRST}."
+            )
+        return found
+
     def to_json(self) -> str:
         """The report for a program to read; the measurements are in the files in `out`."""
         data: dict[str, Any] = {
@@ -124,6 +172,14 @@ class AnalysisReport:
             "samples": self.similarity.samples,
             "importance": list(self.importance),
             "chosen": self.chosen.to_dict(),
+            "warnings": self.warnings,
+            "without_first_token": None
+            if self.sink is None
+            else {
+                "kept": self.sink.kept,
+                "attention_sink": self.sink.followed,
+                **self.sink.beside.to_dict(),
+            },
             "front": None
             if self.search is None
             else [candidate.to_dict() for candidate in self.search.front],

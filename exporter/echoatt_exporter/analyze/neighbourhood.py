@@ -1,4 +1,4 @@
-"""From one sharing plan to the next: what the search over plans tries, and what it expects of it.
+"""From one sharing plan to the next: what the search over plans tries.
 
 Plans are tuples of sources here, one a layer. Which layers stay sources decides nearly all: a layer
 that stops being one passes its followers on to whichever source costs each of them least.
@@ -24,7 +24,7 @@ def admissible_pairs(sharing_kinds: Sequence[Hashable]) -> Iterator[tuple[int, i
 
 
 class Neighbourhood:
-    """The neighbourhood of a plan, and its cost as the sum of its pairs'.
+    """The neighbourhood of a plan.
 
     Attributes:
         pair_costs_LL: What follower (row) after source (column) costs alone; NaN where it may not.
@@ -42,12 +42,6 @@ class Neighbourhood:
     def unshared(self) -> Sources:
         """The plan without followers."""
         return tuple(range(len(self._costs)))
-
-    def additive_cost(self, plan: Sources) -> float:
-        """The pair costs of a plan's followers, added up."""
-        return math.fsum(
-            self._costs[layer][source] for layer, source in enumerate(plan) if layer != source
-        )
 
     def grown(self, plan: Sources) -> Iterator[Sources]:
         """Every plan in which one source more is a follower."""
@@ -85,17 +79,3 @@ class Neighbourhood:
             yield tuple(alone)
             if lending != alone:
                 yield tuple(lending)
-
-    def cheapest_by_sum(self, most: int, width: int = 16) -> list[Sources]:
-        """For 1 to `most` followers the plan whose pair costs add up to least.
-
-        Args:
-            most: Followers of the last plan.
-            width: Plans of each count that are followed up.
-        """
-        beam, cheapest = [self.unshared], []
-        for _ in range(most):
-            found = {near for plan in beam for near in self.grown(plan)}
-            beam = sorted(found, key=lambda plan: (self.additive_cost(plan), plan))[:width]
-            cheapest.append(beam[0])
-        return cheapest

@@ -31,7 +31,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch
+from echoatt_exporter.analyze.candidates import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.similarity import LayerSimilarity
 
 # 1920 by 1080 pixels

@@ -8,16 +8,21 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from echoatt_exporter.analyze.progress import PROGRESS
 from echoatt_exporter.errors import AnalysisError, OutputExistsError
 from echoatt_runtime.errors import one_line
 
 SIMILARITY, PICTURE, PLAN = "similarity.json", "similarity.png", "plan.json"
 SEARCH, FRONT, PAGE = "search.json", "front", "report.html"
-_OWN = {SIMILARITY, PICTURE, PLAN, SEARCH, FRONT, PAGE}
+# The paper's plan by the maps without the first token
+WITHOUT_FIRST = "plan-without-first-token.json"
+_OWN = {SIMILARITY, PICTURE, PLAN, SEARCH, FRONT, PAGE, WITHOUT_FIRST}
 
 
 def check_free(out: Path, *, force: bool) -> None:
     """Refuse a place that holds something, before any work is done.
+
+    What an analysis has begun there does not count.
 
     Args:
         out: The folder that is to be written.
@@ -32,7 +37,7 @@ def check_free(out: Path, *, force: bool) -> None:
     if not out.is_dir():
         raise OutputExistsError(f"{out}: is a file; name a folder")
     try:
-        found = sorted(path.name for path in out.iterdir())
+        found = sorted(path.name for path in out.iterdir() if path.name != PROGRESS)
     except OSError as error:
         raise AnalysisError(f"{out}: cannot be read ({error.strerror})") from error
     if foreign := [name for name in found if name not in _OWN]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from echoatt_exporter.analyze.candidates import PlanSearch
 from echoatt_exporter.analyze.diagram import plan_signs, plan_svg
 from echoatt_exporter.analyze.findings import AnalysisReport
 from echoatt_exporter.analyze.pictures import (
@@ -22,8 +22,8 @@ from echoatt_exporter.analyze.pictures import (
     times,
     trade_off_figure,
 )
+from echoatt_exporter.analyze.probe import RUIN
 from echoatt_exporter.analyze.publish import FRONT, PLAN
-from echoatt_exporter.analyze.search import PlanSearch
 from echoatt_runtime.contract import SharingPlan
 
 _TEMPLATE = "report.html.j2"
@@ -206,15 +206,18 @@ def _search_parts(report: AnalysisReport, search: PlanSearch) -> dict[str, Any]:
     return {
         "trade_off_images": _images(lambda dark: trade_off_figure(search, dark=dark)),
         "pair_columns": range(report.architecture.num_layers - 1),
-        "pair_rows": _pair_rows(report.chosen.plan, search.pair_costs),
+        "pair_rows": _pair_rows(report.chosen.plan, search),
+        "ruin": RUIN if any(one.cost.ruined for one in search.front) else None,
+        "ruin_kl": math.log(RUIN),
     }
 
 
-def _pair_rows(plan: SharingPlan, pair_costs_LL: NDArray[np.float64]) -> list[dict[str, Any]]:
+def _pair_rows(plan: SharingPlan, search: PlanSearch) -> list[dict[str, Any]]:
     """The matrix of pair costs: a row a follower, with nothing right of its diagonal.
 
     Heat goes with the logarithm, since costs span orders of magnitude.
     """
+    pair_costs_LL = search.pair_costs
     logs_LL = np.log(np.maximum(pair_costs_LL, 1e-9))
     low, high = np.nanmin(logs_LL), np.nanmax(logs_LL)
 
@@ -227,7 +230,14 @@ def _pair_rows(plan: SharingPlan, pair_costs_LL: NDArray[np.float64]) -> list[di
             "kl": cost,
             "text": _thousandths(cost),
             "heat": round(5 + 40 * float(warmth)),  # letters stay readable, on dark pages too
-            "used": plan.sources[follower] == source,
+            "marks": " ".join(
+                mark
+                for mark, holds in (
+                    ("used", plan.sources[follower] == source),
+                    ("estimated", not search.pair_measured[follower, source]),
+                )
+                if holds
+            ),
         }
 
     layers = range(plan.num_layers)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from echoatt_exporter.analyze.candidates import PlanCandidate, PlanSearch
 from echoatt_exporter.analyze.choice import Choice, Method
-from echoatt_exporter.analyze.findings import AnalysisReport, head_alignment
+from echoatt_exporter.analyze.compare_maps import SimilaritySums, measure_similarity
+from echoatt_exporter.analyze.findings import AnalysisReport, SinkFinding, head_alignment
 from echoatt_exporter.analyze.footprint import footprint_of
 from echoatt_exporter.analyze.match_heads import align_plan
 from echoatt_exporter.analyze.pictures import image_bytes, similarity_figure
 from echoatt_exporter.analyze.probe import PlanProbe
+from echoatt_exporter.analyze.progress import Progress
 from echoatt_exporter.analyze.publish import (
     FRONT,
     PAGE,
@@ -25,37 +32,44 @@ from echoatt_exporter.analyze.publish import (
     PLAN,
     SEARCH,
     SIMILARITY,
+    WITHOUT_FIRST,
     check_free,
     published,
 )
 from echoatt_exporter.analyze.report import render_report
-from echoatt_exporter.analyze.search import PlanCandidate, PlanSearch, search_plans
-from echoatt_exporter.analyze.select import layer_importance, paper_plan, threshold_plan
-from echoatt_exporter.analyze.similarity import (
-    HeadSimilarity,
-    LayerSimilarity,
-    measure_similarity,
+from echoatt_exporter.analyze.screen import PairScreen
+from echoatt_exporter.analyze.search import screen_for, search_plans
+from echoatt_exporter.analyze.select import (
+    kept_without_first,
+    layer_importance,
+    paper_plan,
+    threshold_plan,
 )
+from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError, TextError
 from echoatt_exporter.share.checkpoint import load_teacher
 from echoatt_exporter.share.outline import read_teacher_outline
 from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
+from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import one_line
 
-SEARCH_FORMAT = "echoatt-search/1"
+SEARCH_FORMAT = "echoatt-search/2"
 
 # How far the front goes beyond the ratio that is asked for
 _FRONT_RATIO = 0.75
 # What a new token reads is counted at this context, or the model's own if that is shorter
 _DECODE_CONTEXT = 4096
 
-# Told what is being done, how much of it is done and at most to do, and the cheapest plan so far
-OnStep = Callable[[str, int, int, PlanCandidate | None], None]
+# What progress is kept under
+_SAMPLES, _SCREEN = "samples", "screen"
+
+# Told what is being done, how much of it is done, and of how much
+OnStep = Callable[[str, int, int], None]
 
 
-def _ignore_step(_name: str, _done: int, _total: int, _best: PlanCandidate | None) -> None:
+def _ignore_step(_name: str, _done: int, _total: int) -> None:
     pass
 
 
@@ -81,12 +95,16 @@ def analyze_model(
     """Measure which layers of a model may share attention, choose a plan, and write it all down.
 
     Writes `similarity.json`, `similarity.png`, `plan.json` and `report.html`; with the cost
-    method also `search.json`, and in `front` a plan file for each point of the Pareto front.
+    method also `search.json`, and in `front` a plan file for each point of the Pareto front; with
+    the paper's also the plan of its rule on maps without the first token.
+
+    Until then `out` holds a folder `progress`, from which the same call goes on where it was
+    stopped, to the same result.
 
     Args:
         model_dir: A teacher's directory, with its tokenizer.
         text_paths: Files and folders, as `echoatt_exporter.texts.read_texts` takes them.
-        out: The folder to write; it appears whole or not at all.
+        out: The folder to write; what it is to hold appears in it at once or not at all.
         method: `cost` searches plans by the KL to the teacher on the text; `paper` is the
             selection of EchoAtt (arXiv 2409.14595), and `threshold` a least similarity.
         ratio: Followers / layers, for `cost` and `paper`. Without it (and `max_kl`), `cost`
@@ -101,14 +119,15 @@ def analyze_model(
         device: Where the model runs, as torch names it.
         force: Replace an earlier analysis in `out`.
         trust_remote_code: Run code that the checkpoint brings.
-        on_step: Told (step, done, total, cheapest plan so far) as the analysis goes on; the steps
-            are `load`, `samples` and `plans`.
+        on_step: Told (step, done, total) as the analysis goes on; the steps are `load`, `resumed`
+            (with the plans that are measured already), `samples`, and, by cost, `screen`, `pairs`,
+            `plans` and `best plans`.
 
     Returns:
         What was found and written.
 
     Raises:
-        EchoAttError: Bad input, typed and in one line; nothing was written.
+        EchoAttError: Bad input, typed and in one line; nothing was written but progress.
     """
     start = time.perf_counter()
     choice = Choice.of(method, ratio=ratio, max_kl=max_kl, min_similarity=min_similarity)
@@ -117,7 +136,7 @@ def analyze_model(
     source, target = Path(model_dir), Path(out)
     check_free(target, force=force)
     texts = read_texts(text_paths)
-    on_step("load", 0, 1, None)
+    on_step("load", 0, 1)
     read_teacher_outline(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     teacher = _load(source, device, trust_remote_code)
@@ -134,38 +153,53 @@ def analyze_model(
             f"too little text: it fills one sample of {length} tokens, and how far costs spread"
             " takes two to tell; give more text, or a smaller length"
         )
-    on_step("load", 1, 1, None)
-    similarity, heads = measure_similarity(
-        teacher,
-        windows,
-        text_digest=texts_digest(texts),
-        model=source.resolve().name,
-        checkpoint_digest=checkpoint_digest(source),
-        seed=seed,
-        on_sample=lambda done: on_step("samples", done, len(windows), None),
-    )
-    probe = PlanProbe(teacher, windows[:calibration_windows])
-    aligning = heads if align_heads else None
-    chosen, search = _choose(choice, probe, similarity, aligning, on_step)
-    report = AnalysisReport(
-        model_dir=source,
-        out=target,
-        text_paths=tuple(map(Path, text_paths)),
-        documents=len(texts),
-        architecture=architecture,
-        method=choice.method,
-        selection=choice.in_words,
-        similarity=similarity,
-        importance=layer_importance(similarity),
-        chosen=chosen,
-        search=search,
-        alignment=None if aligning is None else head_alignment(chosen.plan, aligning),
-        calibration_windows=min(len(windows), calibration_windows),
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - start,
-    )
-    with published(target, force=force) as stage:
-        _write(report, stage)
+    on_step("load", 1, 1)
+    digests = {
+        "text_digest": texts_digest(texts),
+        "checkpoint_digest": checkpoint_digest(source),
+    }
+    origin = {
+        **digests,
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "length": length,
+        "calibration_windows": calibration_windows,
+        "align_heads": align_heads,
+        "device": device,
+        "versions": {name: version(name) for name in ("echoatt", "torch", "transformers")},
+    }
+    progress = Progress(target, origin, force=force)
+    if len(progress.measured):
+        on_step("resumed", len(progress.measured), len(progress.measured))
+    try:
+        similarity, heads = _compare(
+            teacher, windows, progress, on_step, model=source.resolve().name, seed=seed, **digests
+        )
+        probe = PlanProbe(teacher, windows[:calibration_windows], progress.measured)
+        aligning = heads if align_heads else None
+        chosen, search, sink = _choose(choice, probe, similarity, aligning, progress, on_step)
+        report = AnalysisReport(
+            model_dir=source,
+            out=target,
+            text_paths=tuple(map(Path, text_paths)),
+            documents=len(texts),
+            architecture=architecture,
+            method=choice.method,
+            selection=choice.in_words,
+            similarity=similarity,
+            importance=layer_importance(similarity),
+            chosen=chosen,
+            search=search,
+            sink=sink,
+            alignment=None if aligning is None else head_alignment(chosen.plan, aligning),
+            calibration_windows=min(len(windows), calibration_windows),
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            seconds=time.perf_counter() - start,
+        )
+        with published(target, force=force) as stage:
+            _write(report, stage)
+    except BaseException:  # whoever stops it, what it measured is kept
+        progress.flush()
+        raise
     return report
 
 
@@ -180,14 +214,32 @@ def _load(source: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
     return teacher
 
 
+def _compare(
+    teacher: PreTrainedModel,
+    windows: torch.Tensor,
+    progress: Progress,
+    on_step: OnStep,
+    **record: Any,
+) -> tuple[LayerSimilarity, HeadSimilarity]:
+    """Compare the layers, going on from what was compared."""
+    sums = SimilaritySums(progress.arrays(_SAMPLES))
+
+    def on_sample(done: int) -> None:
+        progress.keep(_SAMPLES, sums.arrays())
+        on_step("samples", done, len(windows))
+
+    return measure_similarity(teacher, windows, sums=sums, on_sample=on_sample, **record)
+
+
 def _choose(
     choice: Choice,
     probe: PlanProbe,
     similarity: LayerSimilarity,
     heads: HeadSimilarity | None,
+    progress: Progress,
     on_step: OnStep,
-) -> tuple[PlanCandidate, PlanSearch | None]:
-    """The plan and its cost; by cost, everything else that was measured too."""
+) -> tuple[PlanCandidate, PlanSearch | None, SinkFinding | None]:
+    """The plan and its cost; by cost, everything else that was measured; by the paper, the sink."""
     architecture, config = probe.architecture, probe.teacher.config
     context = min(_DECODE_CONTEXT, architecture.context_length)
     if choice.method == "cost":
@@ -200,20 +252,39 @@ def _choose(
             max_ratio=choice.front_ratio(architecture, _FRONT_RATIO),
             head_similarity=heads,
             context=context,
-            on_measured=lambda done, most, best: on_step("plans", done, most, best),
+            screen=_screen(probe, heads, progress, on_step),
+            on_step=on_step,
         )
-        return search.chosen, search
+        return search.chosen, search, None
+
+    def judged(plan: SharingPlan) -> PlanCandidate:
+        if heads is not None:
+            plan = align_plan(plan, heads, architecture)
+        footprint = footprint_of(config, plan, context=context)
+        return PlanCandidate(plan, probe.measure(plan), footprint)
+
+    on_step("best plans", 0, 1)
     if choice.min_similarity is not None:
-        plan = threshold_plan(similarity, architecture, choice.min_similarity)
-    else:
-        plan = paper_plan(similarity, architecture, choice.ratio)
-    if heads is not None:
-        plan = align_plan(plan, heads, architecture)
-    candidate = PlanCandidate(
-        plan, probe.measure(plan), footprint_of(config, plan, context=context)
+        return judged(threshold_plan(similarity, architecture, choice.min_similarity)), None, None
+    sink = SinkFinding(
+        kept=kept_without_first(similarity, architecture, choice.ratio),
+        beside=judged(paper_plan(similarity, architecture, choice.ratio, without_first=True)),
     )
-    on_step("plans", 1, 1, candidate)
-    return candidate, None
+    return judged(paper_plan(similarity, architecture, choice.ratio)), None, sink
+
+
+def _screen(
+    probe: PlanProbe, heads: HeadSimilarity | None, progress: Progress, on_step: OnStep
+) -> PairScreen:
+    """Estimate what pairs cost, going on from what was estimated."""
+    found = progress.arrays(_SCREEN)
+
+    def on_batch(done: int, total: int, gram_PP: NDArray[np.float64]) -> None:
+        progress.keep(_SCREEN, {"done": np.array(float(done)), "gram": gram_PP})
+        on_step("screen", done, total)
+
+    begun = None if found is None else (int(found["done"]), found["gram"])
+    return screen_for(probe, heads, begun=begun, on_batch=on_batch)
 
 
 def _write(report: AnalysisReport, stage: Path) -> None:
@@ -221,6 +292,8 @@ def _write(report: AnalysisReport, stage: Path) -> None:
     similarity.save(stage / SIMILARITY)
     (stage / PICTURE).write_bytes(image_bytes(similarity_figure(similarity), "png"))
     _write_json(stage / PLAN, _plan_data(report, report.chosen))
+    if report.sink is not None:
+        _write_json(stage / WITHOUT_FIRST, _plan_data(report, report.sink.beside))
     if report.search is not None:
         data = {"format": SEARCH_FORMAT, **report.origin(), **report.search.to_dict()}
         _write_json(stage / SEARCH, data)

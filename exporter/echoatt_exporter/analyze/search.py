@@ -1,117 +1,51 @@
-"""Choose a sharing plan by what it costs: pairs are measured, then whole plans are.
+"""Choose a sharing plan by what it costs: pairs are estimated, the best of them and plans measured.
 
-Costs of pairs do not add up: a plan's is usually more than its pairs' together, and which plans are
-worse than expected only measuring tells. So the sums say where to look, and no more.
+All pairs are estimated at once from a few gradients, alone and together (`screen`). From that come
+the plans that may cost least for each number of followers (`cost_model`); their pairs are measured
+and the estimate is corrected, until the plans hold no pair that was not. Then plans are measured,
+on a few windows, and the best of them on all. Costs of plans are always measured in the end: the
+estimate says where to look, and no more.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from echoatt_exporter.analyze.footprint import DecoderSize, PlanFootprint
+from echoatt_exporter.analyze.candidates import PlanCandidate, PlanSearch, front_of
+from echoatt_exporter.analyze.cost_model import CostModel, alone, pairs_of
+from echoatt_exporter.analyze.footprint import DecoderSize
 from echoatt_exporter.analyze.match_heads import align_plan
-from echoatt_exporter.analyze.neighbourhood import Neighbourhood, Sources, admissible_pairs
+from echoatt_exporter.analyze.neighbourhood import Sources, admissible_pairs
 from echoatt_exporter.analyze.probe import PlanCost, PlanProbe
+from echoatt_exporter.analyze.screen import OnScreened, Pair, PairScreen, screen_pairs
 from echoatt_exporter.analyze.similarity import HeadSimilarity
 from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
 from echoatt_runtime.contract import SharingPlan
 
-# Measured plans of one follower count from which plans with one more are made, at least.
-_BEAM_WIDTH = 4
-# Plans measured for each follower count, and for improving one, unless a budget says otherwise.
-_PLANS_PER_COUNT = 6
-# Plans measured before the best one of a count counts as not to be improved.
-_SWAPS_AT_ONCE = 4
+# Plans of each follower count whose pairs are measured, and how often the estimate is corrected
+_PLANS_TO_CORRECT, _CORRECTIONS = 4, 4
+# Plans of each follower count that are measured on a few windows, and then on all
+_TRIED, _FINALISTS = 4, 2
+# The same for the count that was asked for
+_TRIED_OF_WANTED, _FINALISTS_OF_WANTED = 10, 4
+# Plans measured at a time to improve the best one, and how often
+_SWAPS_AT_ONCE, _SWAPS = 6, 4
+# Follower counts that are looked at together where nobody says how far to go
+_COUNTS_AT_ONCE = 6
 _DEFAULT_CONTEXT = 2048
 
-
-@dataclass(frozen=True, slots=True)
-class PlanCandidate:
-    """A plan, what it costs and what it saves.
-
-    Attributes:
-        plan: With head orders where heads are aligned.
-        cost: Measured.
-        footprint: Counted.
-    """
-
-    plan: SharingPlan
-    cost: PlanCost
-    footprint: PlanFootprint
-
-    @property
-    def estimated_speed(self) -> float:
-        """See `PlanFootprint.estimated_speed`."""
-        return self.footprint.estimated_speed
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        footprint = self.footprint
-        return {
-            "sources": list(self.plan.sources),
-            "head_orders": [list(order) for order in self.plan.head_orders],
-            "followers": len(self.plan.followers),
-            "ratio": self.plan.ratio,
-            **asdict(self.cost),
-            "perplexity_ratio": self.cost.perplexity_ratio,
-            "parameters": footprint.parameters,
-            "parameters_removed": footprint.parameters_removed,
-            "cache_bytes_per_token": footprint.cache_bytes_per_token,
-            "decode_multiply_adds": footprint.student.decode_multiply_adds,
-            "forward_multiply_adds": footprint.student.forward_multiply_adds,
-            "estimated_speed": self.estimated_speed,
-        }
+# Told what is measured ("pairs", "plans" or "best plans"), and how many runs of a plan on a batch
+# of windows are done, of how many
+OnSearch = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class PlanSearch:
-    """Everything that a search measured, and what it chose.
-
-    Attributes:
-        pair_costs: [L, L] KL of the plan in which the layer of the row alone follows the layer of
-            the column; NaN where it may not.
-        candidates: Every plan measured, by follower count, then from cheap to dear.
-        front: Of each follower count the cheapest plan, but for those that one with more followers
-            beats or equals; by follower count.
-        chosen: The plan that was asked for.
-        measurements: Plans measured in all.
-    """
-
-    pair_costs: NDArray[np.float64]
-    candidates: tuple[PlanCandidate, ...]
-    front: tuple[PlanCandidate, ...]
-    chosen: PlanCandidate
-    measurements: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, null where a pair is not admissible."""
-        footprint = self.chosen.footprint
-        return {
-            "context": footprint.context,
-            "bytes_per_element": footprint.bytes_per_element,
-            "teacher_parameters": footprint.teacher.parameters,
-            "measurements": self.measurements,
-            "pair_costs": [
-                [None if math.isnan(cost) else cost for cost in row]
-                for row in self.pair_costs.tolist()
-            ],
-            "chosen": self.chosen.to_dict(),
-            "front": [candidate.to_dict() for candidate in self.front],
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-        }
-
-
-# Called after each measurement: how many are done, how many there are at most, and the cheapest
-# plan so far among those with the most followers.
-OnMeasured = Callable[[int, int, PlanCandidate], None]
+def _ignore(_step: str, _done: int, _total: int) -> None:
+    pass
 
 
 def search_plans(
@@ -123,18 +57,14 @@ def search_plans(
     max_kl: float | None = None,
     max_ratio: float | None = None,
     head_similarity: HeadSimilarity | None = None,
-    budget: int | None = None,
     context: int | None = None,
     bytes_per_element: float = 2.0,
-    on_measured: OnMeasured | None = None,
+    screen: PairScreen | None = None,
+    on_step: OnSearch = _ignore,
 ) -> PlanSearch:
     """Find a cheap plan for a sharing ratio, or the largest ratio for a cost.
 
-    Every admissible pair is measured alone. Then, one follower more at a time, plans are made from
-    the cheapest measured ones; those that promise most, by the pairs' costs scaled to what their
-    parent came to, are measured, and so is the plan that the sums alone would choose. In the end
-    the plan that was asked for is improved, one follower or source for another, while that helps.
-    The same arguments give the same result.
+    The same arguments give the same result, and so does a probe that has measured some of it.
 
     Args:
         probe: Measures on the teacher.
@@ -145,14 +75,13 @@ def search_plans(
         max_ratio: How far the front goes if further than `ratio`; with `max_kl` the largest
             ratio that is tried, by default all.
         head_similarity: Where given, every follower's heads are lined up with its source's.
-        budget: The most plans to measure, pairs included; by default the pairs and some for each
-            follower count. More makes the search wider.
         context: Tokens that the footprints count with; by default 2048, or what the model has.
         bytes_per_element: That the footprints count with.
-        on_measured: Called after each measurement.
+        screen: From `screen_for` with the same probe and head similarity; by default made here.
+        on_step: Called as the search goes on.
 
     Raises:
-        AnalysisError: No plan can be what is asked for, or the budget does not reach.
+        AnalysisError: No plan can be what is asked for.
     """
     if (ratio is None) == (max_kl is None):
         raise AnalysisError("give either a sharing ratio or the most KL that a plan may cost")
@@ -164,28 +93,59 @@ def search_plans(
     last = wanted or most
     if max_ratio is not None:
         last = max(wanted or 1, _followers(max_ratio, architecture, most))
-    least = len(pairs) + last - 1
-    if budget is None:
-        budget = least + (_PLANS_PER_COUNT - 1) * (last - 1) + 2 * _PLANS_PER_COUNT
-    elif budget < least:
-        raise AnalysisError(
-            f"{budget} measurements are too few: {len(pairs)} pairs and {last - 1} larger plans"
-            f" take {least}; allow more, or give fewer or shorter windows to make each cheaper"
-        )
     if context is None:
         context = min(_DEFAULT_CONTEXT, architecture.context_length)
     size = DecoderSize.of(config)
-
-    def judge(sources: Sources) -> PlanCandidate:
-        plan = SharingPlan(sources)
-        if head_similarity is not None:
-            plan = align_plan(plan, head_similarity, architecture)
-        footprint = size.with_plan(plan, context=context, bytes_per_element=bytes_per_element)
-        return PlanCandidate(plan, probe.measure(plan), footprint)
-
-    return _Search(judge, budget, on_measured).run(
-        pairs, architecture.num_layers, wanted, max_kl, last
+    size.with_plan(
+        SharingPlan.unshared(architecture.num_layers),
+        context=context,
+        bytes_per_element=bytes_per_element,
     )
+
+    def candidate_of(plan: SharingPlan, cost: PlanCost) -> PlanCandidate:
+        footprint = size.with_plan(plan, context=context, bytes_per_element=bytes_per_element)
+        return PlanCandidate(plan, cost, footprint)
+
+    plan_of = _plan_maker(architecture, head_similarity)
+    if screen is None:
+        screen = screen_for(probe, head_similarity)
+    return _Search(probe, screen, plan_of, candidate_of, on_step).run(wanted, max_kl, last)
+
+
+def screen_for(
+    probe: PlanProbe,
+    head_similarity: HeadSimilarity | None = None,
+    *,
+    begun: tuple[int, NDArray[np.float64]] | None = None,
+    on_batch: OnScreened | None = None,
+) -> PairScreen:
+    """Estimate what every admissible pair of a probe's teacher costs on the probe's windows.
+
+    Args:
+        probe: Of the teacher.
+        head_similarity: As in `search_plans`.
+        begun: As in `screen_pairs`.
+        on_batch: As in `screen_pairs`.
+    """
+    architecture = probe.architecture
+    plan_of = _plan_maker(architecture, head_similarity)
+    pairs = admissible_pairs(architecture.sharing_kinds)
+    plans = [plan_of(alone(pair, architecture.num_layers)) for pair in pairs]
+    return screen_pairs(probe.teacher, probe.windows, plans, begun=begun, on_batch=on_batch)
+
+
+def _plan_maker(
+    architecture: DecoderArchitecture, head_similarity: HeadSimilarity | None
+) -> Callable[[Sources], SharingPlan]:
+    """What makes a plan of sources, with its heads lined up where that is asked for."""
+
+    def plan_of(sources: Sources) -> SharingPlan:
+        plan = SharingPlan(sources)
+        if head_similarity is None:
+            return plan
+        return align_plan(plan, head_similarity, architecture)
+
+    return plan_of
 
 
 def _followers(ratio: float, architecture: DecoderArchitecture, most: int) -> int:
@@ -204,125 +164,141 @@ def _followers(ratio: float, architecture: DecoderArchitecture, most: int) -> in
 
 
 class _Search:
-    """One search: what has been measured, and what may still be."""
+    """One search: what has been measured, and what it says of the rest."""
 
     def __init__(
         self,
-        judge: Callable[[Sources], PlanCandidate],
-        budget: int,
-        on_measured: OnMeasured | None,
+        probe: PlanProbe,
+        screen: PairScreen,
+        plan_of: Callable[[Sources], SharingPlan],
+        candidate_of: Callable[[SharingPlan, PlanCost], PlanCandidate],
+        on_step: OnSearch,
     ) -> None:
-        self._judge = judge
-        self._budget = budget
-        self._on_measured = on_measured
-        self._measured: dict[int, dict[Sources, PlanCandidate]] = {}  # by follower count
-        self._count = 0
+        self._probe = probe
+        self._layers = probe.architecture.num_layers
+        self._model = CostModel(screen, self._layers)
+        self._plan_of = plan_of
+        self._candidate_of = candidate_of
+        self._on_step = on_step
+        self._pairs: dict[Pair, float] = {}
+        self._tried: dict[int, dict[Sources, float]] = {}  # by follower count, on few windows
+        self._judged: dict[int, dict[Sources, PlanCandidate]] = {}  # on all of them
 
-    def run(
-        self,
-        pairs: list[tuple[int, int]],
-        num_layers: int,
-        wanted: int | None,
-        max_kl: float | None,
-        last: int,
-    ) -> PlanSearch:
+    def run(self, wanted: int | None, max_kl: float | None, last: int) -> PlanSearch:
         """Measure pairs, then plans of up to `last` followers; see `search_plans`."""
-        costs_LL = np.full((num_layers, num_layers), np.nan)
-        unshared = tuple(range(num_layers))
-        for follower, source in pairs:
-            plan = (*unshared[:follower], source, *unshared[follower + 1 :])
-            costs_LL[follower, source] = self._measure(plan).cost.kl
-        near = Neighbourhood(costs_LL)
-        by_sum = near.cheapest_by_sum(last)
-        fitting = self._best(1)
-        if max_kl is not None and fitting.cost.kl > max_kl:
-            (follower,) = fitting.plan.followers
+        self._correct(last)
+        chosen = None
+        step = last if max_kl is None else _COUNTS_AT_ONCE
+        for start in range(1, last + 1, step):
+            counts = range(start, min(start + step, last + 1))
+            self._try_plans(counts, last, wanted)
+            if wanted is not None:
+                self._improve(wanted)
+            self._judge(counts, wanted)
+            if max_kl is not None:
+                fitting = self._largest_within(max_kl, counts)
+                chosen = fitting or chosen
+                if fitting is None or len(fitting.plan.followers) < counts[-1]:
+                    break
+        if wanted is not None:
+            chosen = self._best(wanted)
+        if chosen is None:
+            cheapest = self._best(1)
+            (follower,) = cheapest.plan.followers
             raise AnalysisError(
                 f"no plan stays within a KL of {max_kl}: the cheapest, layer {follower} after layer"
-                f" {fitting.plan.sources[follower]}, costs {fitting.cost.kl:.3g}; allow more"
+                f" {cheapest.plan.sources[follower]}, costs {cheapest.cost.kl:.3g}; allow more"
             )
-        for count in range(2, last + 1):
-            room = self._budget - self._count
-            spare = 2 * _PLANS_PER_COUNT  # for improving
-            share = max(1, (room - spare) // (last - count + 1))
-            self._grow(count, near, by_sum[count - 1], share)
-            left = last - count  # each later count needs one at least
-            if count == wanted:
-                self._improve(count, near, leave=left)
-            if max_kl is not None:
-                if self._best(count).cost.kl > max_kl:
-                    self._improve(count, near, leave=left, goal=max_kl)
-                if self._best(count).cost.kl > max_kl:
-                    break
-                fitting = self._best(count)
-        candidates = sorted(
-            (candidate for level in self._measured.values() for candidate in level.values()),
-            key=lambda candidate: (len(candidate.plan.followers), *_order(candidate)),
-        )
+        measured_LL = np.zeros((self._layers, self._layers), dtype=np.bool_)
+        for pair in self._pairs:
+            measured_LL[pair] = True
+        judged = sorted(self._judged.items())
         return PlanSearch(
-            pair_costs=costs_LL,
-            candidates=tuple(candidates),
-            front=_front(self._best(count) for count in sorted(self._measured)),
-            chosen=fitting if wanted is None else self._best(wanted),
-            measurements=self._count,
+            pair_costs=self._model.pair_costs,
+            pair_measured=measured_LL,
+            candidates=tuple(
+                candidate
+                for _, level in judged
+                for candidate in sorted(level.values(), key=lambda one: one.order)
+            ),
+            front=front_of(self._best(count) for count, _ in judged),
+            chosen=chosen,
+            tried=len({plan for level in self._tried.values() for plan in level}),
         )
 
-    def _measure(self, sources: Sources) -> PlanCandidate:
-        candidate = self._judge(sources)
-        self._measured.setdefault(len(candidate.plan.followers), {})[sources] = candidate
-        self._count += 1
-        if self._on_measured is not None:
-            self._on_measured(self._count, self._budget, self._best(max(self._measured)))
-        return candidate
+    def _correct(self, last: int) -> None:
+        """Measure the pairs of the plans that may cost least, and correct the estimate by them."""
+        for _ in range(_CORRECTIONS):
+            levels = self._model.cheapest(last, _PLANS_TO_CORRECT)
+            pairs = {pair for level in levels for plan in level for pair in pairs_of(plan)}
+            # By follower from the last, so that what was measured when it is stopped is of use
+            new = sorted(pairs - self._pairs.keys(), reverse=True)
+            if not new:
+                return
+            costs = self._measure([alone(pair, self._layers) for pair in new], "pairs")
+            self._pairs |= dict(zip(new, costs, strict=True))
+            self._model.correct(self._pairs)
 
-    def _best(self, count: int) -> PlanCandidate:
-        """The cheapest measured plan with `count` followers."""
-        return min(self._measured[count].values(), key=_order)
+    def _try_plans(self, counts: Sequence[int], last: int, wanted: int | None) -> None:
+        """Measure on a few windows what may cost least for each count."""
+        levels = self._model.cheapest(last, _TRIED_OF_WANTED)
+        self._measure(
+            [
+                plan
+                for count in counts
+                for plan in levels[count - 1][: _TRIED_OF_WANTED if count == wanted else _TRIED]
+            ],
+            "plans",
+        )
 
-    def _grow(self, count: int, near: Neighbourhood, by_sum: Sources, share: int) -> None:
-        """Measure `share` plans with `count` followers, made from the best with one less."""
-        parents = sorted(self._measured[count - 1].values(), key=_order)
-        expected: dict[Sources, float] = {by_sum: -math.inf}  # comes first
-        for parent in parents[: max(_BEAM_WIDTH, share)]:
-            for plan in near.grown(parent.plan.sources):
-                cost = _expected_cost(parent, plan, near)
-                expected[plan] = min(cost, expected.get(plan, math.inf))
-        for plan in sorted(expected, key=lambda plan: (expected[plan], plan))[:share]:
-            self._measure(plan)
-
-    def _improve(
-        self, count: int, near: Neighbourhood, *, leave: int, goal: float = -math.inf
-    ) -> None:
-        """Swap one follower or source while that helps, down to `goal`.
-
-        `leave` measurements are left over.
-        """
-        level = self._measured[count]
-        while (best := self._best(count)).cost.kl > goal:
-            close = near.swapped(best.plan.sources) - level.keys()
-            promising = sorted(close, key=lambda p: (_expected_cost(best, p, near), p))
-            room = max(0, self._budget - self._count - leave)
-            for plan in promising[: min(_SWAPS_AT_ONCE, room)]:
-                self._measure(plan)
-            if self._best(count) == best:
+    def _improve(self, count: int) -> None:
+        """Change the best plan in one place while that helps."""
+        for _ in range(_SWAPS):
+            level = self._tried[count]
+            best = min(level, key=lambda plan: (level[plan], plan))
+            close = self._model.near.swapped(best) - level.keys()
+            self._measure(self._model.ranked(close)[:_SWAPS_AT_ONCE], "plans")
+            if best == min(level, key=lambda plan: (level[plan], plan)):
                 return
 
+    def _judge(self, counts: Iterable[int], wanted: int | None) -> None:
+        """Measure the best plans of each count on all windows."""
+        plans = []
+        for count in counts:
+            level = self._tried[count]
+            finalists = _FINALISTS_OF_WANTED if count == wanted else _FINALISTS
+            plans += sorted(level, key=lambda plan: (level[plan], plan))[:finalists]
+        made = [self._plan_of(sources) for sources in plans]
+        costs = self._probe.measure_all(
+            made, on_run=lambda done, total: self._on_step("best plans", done, total)
+        )
+        for plan, cost in zip(made, costs, strict=True):
+            judged = self._judged.setdefault(len(plan.followers), {})
+            judged[plan.sources] = self._candidate_of(plan, cost)
 
-def _expected_cost(parent: PlanCandidate, plan: Sources, near: Neighbourhood) -> float:
-    """What `plan` may cost: its pairs' costs, scaled by what its parent cost beside its own."""
-    before, after = near.additive_cost(parent.plan.sources), near.additive_cost(plan)
-    return parent.cost.kl * after / before if before > 0 else after
+    def _largest_within(self, max_kl: float, counts: Sequence[int]) -> PlanCandidate | None:
+        """Of consecutive counts the last plan within `max_kl`; one that is above is improved."""
+        fitting = None
+        for count in counts:
+            if self._best(count).cost.kl > max_kl:
+                self._improve(count)
+                self._judge([count], None)
+            if self._best(count).cost.kl > max_kl:
+                break
+            fitting = self._best(count)
+        return fitting
 
+    def _measure(self, sources: Sequence[Sources], step: str) -> list[float]:
+        """Measure plans on a few windows."""
+        costs = self._probe.measure_all(
+            [self._plan_of(plan) for plan in sources],
+            few=True,
+            on_run=lambda done, total: self._on_step(step, done, total),
+        )
+        for plan, cost in zip(sources, costs, strict=True):
+            self._tried.setdefault(len(pairs_of(plan)), {})[plan] = cost.kl
+        return [cost.kl for cost in costs]
 
-def _order(candidate: PlanCandidate) -> tuple[float, Sources]:
-    return candidate.cost.kl, candidate.plan.sources
-
-
-def _front(best_by_count: Iterable[PlanCandidate]) -> tuple[PlanCandidate, ...]:
-    """What no plan with more followers beats or equals, of each count's cheapest, ascending."""
-    kept: list[PlanCandidate] = []
-    for candidate in best_by_count:
-        while kept and kept[-1].cost.kl >= candidate.cost.kl:
-            kept.pop()
-        kept.append(candidate)
-    return tuple(kept)
+    def _best(self, count: int) -> PlanCandidate:
+        """The cheapest of the plans with `count` followers that were measured on all windows."""
+        return min(self._judged[count].values(), key=lambda one: one.order)

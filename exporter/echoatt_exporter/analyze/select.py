@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -12,19 +12,33 @@ from echoatt_exporter.architecture import DecoderArchitecture
 from echoatt_exporter.errors import AnalysisError
 from echoatt_runtime.contract import SharingPlan
 
+# Less than this left of a cut without the first token, and it was the first token that was cut at
+_LEAST_KEPT = 0.5
 
-def layer_importance(similarity: LayerSimilarity) -> tuple[float, ...]:
-    """Each layer's mean raw similarity to all the others (EchoAtt, arXiv 2409.14595, section 3).
+
+def layer_importance(
+    similarity: LayerSimilarity, *, without_first: bool = False
+) -> tuple[float, ...]:
+    """Each layer's mean similarity to all the others (EchoAtt, arXiv 2409.14595, section 3).
 
     A layer that is like the others can do without attention of its own: a high value means that the
     layer matters little.
+
+    Args:
+        similarity: Of the layers.
+        without_first: Take the maps without the first token in the place of the raw ones.
     """
-    others = similarity.mean.sum(axis=1) - np.diagonal(similarity.mean)
+    mean_LL = similarity.mean_without_first if without_first else similarity.mean
+    others = mean_LL.sum(axis=1) - np.diagonal(mean_LL)
     return tuple((others / max(1, len(others) - 1)).tolist())
 
 
 def paper_plan(
-    similarity: LayerSimilarity, architecture: DecoderArchitecture, ratio: float | None = None
+    similarity: LayerSimilarity,
+    architecture: DecoderArchitecture,
+    ratio: float | None = None,
+    *,
+    without_first: bool = False,
 ) -> SharingPlan:
     """The paper's selection (EchoAtt, arXiv 2409.14595, section 3).
 
@@ -38,12 +52,59 @@ def paper_plan(
         architecture: Of the same model.
         ratio: Followers / layers. If given, the cut is made not at the largest gap but where the
             number of followers comes closest to this; the most similar layers follow first.
+        without_first: Go by the maps without the first token, which is not the paper's rule.
 
     Raises:
         AnalysisError: Similarity of another model, or a ratio outside 0 to 1.
     """
     _check_layers(similarity, architecture)
-    importance = layer_importance(similarity)
+    importance = layer_importance(similarity, without_first=without_first)
+    similar = _above_the_cut(importance, architecture, ratio)
+    return _follow(architecture, lambda layer, _source: layer in similar)
+
+
+def kept_without_first(
+    similarity: LayerSimilarity, architecture: DecoderArchitecture, ratio: float | None = None
+) -> float | None:
+    """How much of the paper's cut is left when the first token's column is left out.
+
+    The layers above the cut are, on average, more like the others than those below it. Where heads
+    send what they do not need to the first token (an attention sink), that difference may be no
+    more than how much of it they send there.
+
+    Args:
+        similarity: As in `paper_plan`.
+        architecture: As in `paper_plan`.
+        ratio: As in `paper_plan`.
+
+    Returns:
+        The difference without the first token over the difference with it; None if nothing is cut.
+
+    Raises:
+        AnalysisError: As `paper_plan`.
+    """
+    _check_layers(similarity, architecture)
+    raw, rest = (
+        np.array(layer_importance(similarity, without_first=without_first))
+        for without_first in (False, True)
+    )
+    above = np.zeros(len(raw), dtype=np.bool_)
+    above[list(_above_the_cut(raw.tolist(), architecture, ratio))] = True
+    if not above.any() or above.all():
+        return None
+    difference, left = (float(one[above].mean() - one[~above].mean()) for one in (raw, rest))
+    return left / difference if difference > 0 else None
+
+
+def follows_the_sink(kept: float | None) -> bool:
+    """Whether a cut of which so much is kept without the first token is the attention sink's."""
+    return kept is not None and kept < _LEAST_KEPT
+
+
+def _above_the_cut(
+    importance: Sequence[float], architecture: DecoderArchitecture, ratio: float | None
+) -> set[int]:
+    """The layers that are like the others."""
     kinds = architecture.sharing_kinds
     ranked = sorted(range(architecture.num_layers), key=lambda layer: -importance[layer])
     if ratio is None:
@@ -54,8 +115,7 @@ def paper_plan(
         cut = round(ratio * architecture.num_layers)
     else:
         raise AnalysisError(f"a sharing ratio of {ratio:g} is outside 0 to 1; 0.4 is 40 %")
-    similar = set(ranked[:cut])
-    return _follow(architecture, lambda layer, _source: layer in similar)
+    return set(ranked[:cut])
 
 
 def threshold_plan(
