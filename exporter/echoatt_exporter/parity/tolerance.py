@@ -50,15 +50,15 @@ class Tolerance:
         )
 
 
-# Measured, in yardsticks. On SmolLM2-135M (shared and not, float32 and int4, the random tokens of
-# 24 seeds) right bundles are up to 7 away at any of 5,500 positions (median 0.8 to 1.3, 99 of 100
-# below 5) and up to 1.9 in the middle of a case; books12 and tiny random models up to 1.0 there.
-# Plans under which a token's errors grow a thousandfold made up to 20 in 2,000 positions, against
-# a yardstick of one run instead of two. A layer's scores or values that are 1 % too large are 150
-# to 840 away in the middle of a case, a lost mask row, an early token, swapped heads or another
-# source thousands; on tiny models values that are 0.1 % too large 400. In 16 bits: SmolLM2 in
-# float16 is up to 3.6 away, and 0.8 in the middle. bfloat16 computed in float32 rounds only scales
-# and caps, which is little of what bfloat16 loses.
+# Measured, in yardsticks. On SmolLM2-135M (with nine followers in float32, unshared in int4; the
+# random tokens of 24 seeds) right bundles are up to 7 away at any of 5,500 positions (median 0.8
+# to 1.3, 99 of 100 below 5) and up to 1.9 in the middle of a case; books12 and tiny random models
+# up to 1.0 there. Plans under which a token's errors grow a thousandfold made up to 20 in 2,000
+# positions, against a yardstick of one run instead of two. A layer's scores or values that are 1 %
+# too large are 150 to 840 away in the middle of a case, a lost mask row, an early token, swapped
+# heads or another source thousands; on tiny models values that are 0.1 % too large 400. In 16
+# bits: SmolLM2 in float16 is up to 3.6 away, and 0.8 in the middle. bfloat16 computed in float32
+# rounds only scales and caps, which is little of what bfloat16 loses.
 TOLERANCES: Final = {
     tolerance.name: tolerance
     for tolerance in (
