@@ -253,6 +253,8 @@ class _Lines:
 
     def __call__(self, step: str, done: int, total: int) -> None:
         now = self._clock()
+        if step == "load":  # short, and what is wrong with the input is to be a line alone
+            return
         if step == self._step and now - self._said < _SECONDS_BETWEEN_LINES:
             return
         self._step, self._said = step, now

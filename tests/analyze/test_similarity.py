@@ -166,11 +166,11 @@ def test_a_file_that_cannot_be_written_is_an_error_and_loses_nothing(
     path = tmp_path / "similarity.json"
     path.write_text("an older one", encoding="utf-8")
 
-    def fill_the_disk(file: Path, text: str, **_: Any) -> None:
-        file.write_bytes(text[:10].encode())
+    def fill_the_disk(file: Path, data: bytes) -> None:
+        file.write_text(data[:10].decode(), encoding="utf-8")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
     with pytest.raises(AnalysisError, match="No space left"):
         layers.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["similarity.json"]

@@ -128,7 +128,9 @@ def test_without_a_terminal_each_step_is_a_line(by_cost: Analysis) -> None:
     lines = by_cost.told.splitlines()
     assert all(line.startswith("echoatt: ") and line.endswith(" s") for line in lines)
     begun = list(dict.fromkeys(line.split(": ")[1] for line in lines))
-    assert begun == list(_HEADINGS.values())
+    # loading is short; so little text is all run at the first look, which leaves nothing to do for
+    # the last step
+    assert begun == list(_HEADINGS.values())[1:-1]
 
 
 def test_lines_of_progress_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +169,7 @@ def test_a_stopped_analysis_goes_on_to_the_same_result(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped in every step, and once killed before what it had measured since was written."""
+    """Stopped in every step; what a kill leaves half written is not read."""
     for module in ("progress", "measured"):
         monkeypatch.setattr(f"echoatt_exporter.analyze.{module}._BETWEEN", -1)
     monkeypatch.setattr("echoatt_exporter.analyze.probe._BATCH_TOKENS", LENGTH)
@@ -340,8 +342,7 @@ def test_a_failure_at_the_end_leaves_what_was_there(
     )  # fmt: skip
     code, printed, err = run(*command, "--out", out)
     assert (code, printed) == (2, "")
-    assert err.count("\n") == 1
-    assert "cannot write the analysis" in err
+    assert err.splitlines()[-1].startswith(f"echoatt: {out}: cannot write the analysis")
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert after.pop("progress")  # what was measured is not lost
     assert after == before
