@@ -122,6 +122,15 @@ def scale_block(model: ir.Model, layer: int, factor: float) -> None:
     scales.const_value = ir.Tensor(values, name=scales.name)
 
 
+def scale_row(model: ir.Model, every: int, factor: float) -> None:
+    """Of every few tokens, the scales in the table of embeddings are wrong."""
+    (lookup,) = (node for node in model.graph if node.op_type == "GatherBlockQuantized")
+    scales: Any = lookup.inputs[2]
+    values = scales.const_value.numpy().copy()
+    values[::every] *= factor
+    scales.const_value = ir.Tensor(values, name=scales.name)
+
+
 def ignore_wanted_rows(model: ir.Model) -> None:
     """The residual stream is looked up in the first row, whatever rows are wanted."""
     residual = next(

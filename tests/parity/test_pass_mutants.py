@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import pytest
 from tests.parity import mutants
 from tests.parity import pass_mutants as planted
 from tests.parity.conftest import PAST_WINDOW, WINDOW
+from tests.quantisation import to_nearest
 
 from echoatt_exporter.graph import rewrite_pipeline, run_pipeline
 from echoatt_exporter.graph.run import PassStep
 from echoatt_exporter.parity import compare, record_reference
+from echoatt_exporter.quantise.round_weights import round_to_nearest
 from echoatt_runtime.contract import Specification
 
 HEAD_DIM = 12
@@ -113,6 +116,9 @@ MUTANTS = {
     "logits 0.1 % too large": Mutant(
         "ShareTiedTable", lambda m: mutants.scale_weight(m, "lm_head.weight", 1.001), None
     ),
+    "a looked-up row 5 % too large": Mutant(
+        "QuantizeTable", lambda m: planted.scale_row(m, 3, 1.05), 1, dtypes=("int4",)
+    ),
     "a block's scale 5 % too large": Mutant(
         "QuantizeWeights",
         lambda m: planted.scale_block(m, 1, 1.05),
@@ -192,8 +198,12 @@ def target(request: Any, unshared: Any) -> Any:
     """The unshared trace, and PyTorch's side of a student's bundle."""
     if request.param == "fp32":
         return unshared
-    specification = dataclasses.replace(unshared.specification, dtype=request.param)
-    reference = record_reference(unshared.student, specification, tokenizer_dir=None)
+    specification = dataclasses.replace(
+        unshared.specification, dtype=request.param, quantisation=to_nearest(4)
+    )
+    student = copy.deepcopy(unshared.student)
+    round_to_nearest(student, to_nearest(4), lambda _done, _total: None)
+    reference = record_reference(student, specification, tokenizer_dir=None)
     return dataclasses.replace(unshared, specification=specification, reference=reference)
 
 
@@ -220,7 +230,8 @@ def test_a_fault_is_planted_after_every_pass(unshared: Any) -> None:
         return {step.name for step in rewrite_pipeline(specification).steps}
 
     specification = unshared.specification
-    every = passes(specification) | passes(dataclasses.replace(specification, dtype="int4"))
+    int4 = dataclasses.replace(specification, dtype="int4", quantisation=to_nearest(4))
+    every = passes(specification) | passes(int4)
     assert {mutant.after for mutant in MUTANTS.values()} == every
 
 

@@ -44,10 +44,10 @@ PUBLIC_ROOMS = {
     "bundle": ("Bundle file_sha256 find_model read_manifest read_onnx_file"),
     "cache": ("BUCKET HostMemory KVCache Memory bucket_capacity"),
     "contract": (
-        "BundleFile CAPABILITIES COMPANION CacheSpec DEVICES DTYPES Dtype ELEMENT_TYPES "
+        "Bits BundleFile CAPABILITIES COMPANION CacheSpec DEVICES DTYPES Dtype ELEMENT_TYPES "
         "ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS LOGITS_INDICES LayerKind "
-        "METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS SharingPlan SourceCheckpoint "
-        "Specification Verification WEIGHTS head_order_fault lay_out_caches"
+        "METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS Quantisation ROUNDINGS RoundingCost "
+        "SharingPlan SourceCheckpoint Specification Verification WEIGHTS head_order_fault lay_out_caches"
     ),
     "executor": (
         "Choice Executor Integers Logits PREFILL_CHUNK TextLogits executor_of open_executor "
