@@ -47,7 +47,8 @@ PUBLIC_ROOMS = {
         "Bits BundleFile CAPABILITIES COMPANION CacheSpec DEVICES DTYPES Dtype ELEMENT_TYPES "
         "ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS LOGITS_INDICES LayerKind "
         "METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS Quantisation ROUNDINGS RoundingCost "
-        "SharingPlan SourceCheckpoint Specification Verification WEIGHTS head_order_fault lay_out_caches"
+        "SharingPlan SourceCheckpoint Specification Verification WEIGHTS head_order_fault "
+        "lay_out_caches"
     ),
     "executor": (
         "Choice Executor Integers Logits PREFILL_CHUNK TextLogits executor_of open_executor "

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -62,6 +63,9 @@ class Precision(TorchFunctionMode):
         if func in _NORMS:
             args = tuple(self._as_wide(value) for value in args)
             kwargs = {name: self._as_wide(value) for name, value in kwargs.items()}
+        elif func is torch.Tensor.float and isinstance(args[0], nn.Parameter):
+            # A norm that adds 1 to its weight does it in the wider precision too
+            return args[0].to(self._inside)
         elif args and self._holds(args[0]):
             if func is torch.Tensor.float and self._dtype.itemsize > torch.float32.itemsize:
                 return args[0]
