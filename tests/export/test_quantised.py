@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from echoatt_exporter import (
     ExportError,
@@ -20,9 +21,18 @@ from echoatt_exporter import (
     export_bundle,
     rewrite_bundle,
 )
+from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.graph.weights import separate_names
+from echoatt_exporter.quantise.quantise import quantise_student
+from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_runtime import EchoModel
 from echoatt_runtime.bundle import Bundle, read_onnx_file
+from echoatt_runtime.contract import (
+    SharingPlan,
+    SourceCheckpoint,
+    Specification,
+    lay_out_caches,
+)
 
 TABLE = "lm_head.weight.q"
 SHAPE = {
@@ -136,6 +146,7 @@ def test_rounding_to_the_nearest_is_done_again_for_parity(checkpoint: Path, tmp_
         PAIRS,
         dtype="int8",
         rounding=RoundingChoice(rounding="nearest"),
+        verify=False,
     )
     quantisation = report.manifest.specification.quantisation
     assert quantisation is not None
@@ -153,6 +164,7 @@ def test_a_larger_bundle_may_be_allowed(checkpoint: Path, tmp_path: Path) -> Non
         "2:1",
         dtype="int4",
         rounding=RoundingChoice(max_megabytes=megabytes),
+        verify=False,
     )
     quantisation = report.manifest.specification.quantisation
     assert quantisation is not None
@@ -187,16 +199,29 @@ def test_a_larger_bundle_may_be_allowed(checkpoint: Path, tmp_path: Path) -> Non
         )
 
 
-def test_calibration_text_can_be_given(stories260k: Path, shared_dir: Path, tmp_path: Path) -> None:
+def test_calibration_text_can_be_given(stories260k: Path, shared_dir: Path) -> None:
     text = shared_dir / "data" / "tinystories.txt"
-    report = export_bundle(
-        stories260k,
-        tmp_path / "stories.onnx",
+    student = load_shared(stories260k, None, dtype=torch.float32)
+    fields = specification_fields(architecture_of(student.config.get_text_config()))
+    plan = SharingPlan.unshared(5)
+    specification = Specification(
+        **fields,
+        plan=plan,
         dtype="int4",
-        rounding=RoundingChoice(texts=[text]),
-        verify=False,
+        device="cpu",
+        caches=lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], "float32"),
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=None,
+        source_checkpoint=SourceCheckpoint(name="stories", sha256="0" * 64),
     )
-    quantisation = report.manifest.specification.quantisation
+    quantisation = quantise_student(
+        student,
+        specification,
+        RoundingChoice(texts=[text]),
+        model_dir=stories260k,
+        other_bytes=0,
+    ).quantisation
     assert quantisation is not None
     assert quantisation.text is not None
     assert quantisation.text.startswith("given, SHA-256 ")
