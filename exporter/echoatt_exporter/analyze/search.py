@@ -30,7 +30,7 @@ from echoatt_runtime.contract import SharingPlan
 # Plans of each follower count whose pairs are measured, and how often the estimate is corrected
 _PLANS_TO_CORRECT, _CORRECTIONS = 4, 4
 # Plans of each follower count that are measured on a few windows, and then on all
-_TRIED, _FINALISTS = 4, 2
+_TRIED, _FINALISTS = 4, 1
 # The same for the count that was asked for
 _TRIED_OF_WANTED, _FINALISTS_OF_WANTED = 10, 4
 # Plans measured at a time to improve the best one, and how often
