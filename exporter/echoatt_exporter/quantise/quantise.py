@@ -27,11 +27,11 @@ _TABLE_BITS: Final = 8
 # What a graph takes in its file, somewhat more than was seen: the layers of SmolLM2 11,500 each
 _GRAPH_BYTES: Final = 65_536
 _LAYER_BYTES: Final = 14_000
-# Windows of text; a large model takes longer and loses less by each
-_WINDOWS: Final = 24
-_WINDOWS_OF_LARGE: Final = 16
+# Windows of text and their tokens. A large model takes longer and loses less by each, and writes
+# many short windows faster than few long ones.
+_WINDOWS: Final = (24, 256)
+_WINDOWS_OF_LARGE: Final = (16, 128)
 _LARGE: Final = 300_000_000
-_LENGTH: Final = 256
 
 # Told (what is being done, done, total)
 _OnPart = Callable[[str, int, int], None]
@@ -118,9 +118,9 @@ def quantise_student(
     if choice.rounding == "nearest":
         round_to_nearest(student, quantisation, on_weight)
     else:
-        length = min(_LENGTH, specification.context_length)
         parameters = sum(parameter.numel() for parameter in student.parameters())
-        count = _WINDOWS if parameters < _LARGE else _WINDOWS_OF_LARGE
+        count, length = _WINDOWS if parameters < _LARGE else _WINDOWS_OF_LARGE
+        length = min(length, specification.context_length)
         if choice.texts:
             texts = read_texts(choice.texts)
             tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
