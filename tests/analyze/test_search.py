@@ -93,7 +93,7 @@ def test_the_screen_is_the_second_order_of_what_is_measured(
     alone = {pair: cost.kl for pair, cost in zip(screen.pairs, costs, strict=True)}
     assert np.log(np.diagonal(screen.gram) / list(alone.values())) == pytest.approx(0, abs=0.2)
     model = CostModel(screen, 6)
-    model.correct(alone)
+    model.learn({_one(*pair): kl for pair, kl in alone.items()})
     for both in ((0, 1, 2, 0, 0, 5), (0, 1, 2, 1, 1, 5), (0, 1, 2, 2, 2, 5)):
         together = probe.measure(SharingPlan(both)).kl
         assert together > 1.4 * (alone[3, both[3]] + alone[4, both[4]])
@@ -125,11 +125,16 @@ def test_the_model_adds_pairs_and_what_they_do_together() -> None:
     assert model.costs([(0, 0, 0)]).tolist() == [6.0]
     assert model.costs([(0, 0, 2), (0, 1, 0), (0, 1, 1)]).tolist() == [1.0, 4.0, 2.0]
     assert model.cheapest(2, 2) == [[(0, 0, 2), (0, 1, 1)], [(0, 0, 0)]]
-    # measured: four times the estimate, so what it does with another is twice as much; the other
-    # pair of its follower is scaled alike
-    model.correct({(2, 0): 16.0})
-    assert model.pair_costs[2].tolist()[:2] == [16.0, 8.0]
-    assert model.costs([(0, 0, 0)])[0] == pytest.approx(4 + 16 + 2 * 0.5 * 2 * 2)
+    # measured: four times the estimate, so what it does with another is about twice as much; the
+    # other pair of its follower is scaled alike
+    model.learn({(0, 1, 0): 16.0})
+    assert model.pair_costs[2].tolist()[:2] == pytest.approx([16.0, 8.0])
+    assert model.costs([(0, 0, 0)])[0] == pytest.approx(1 * 4 + 16 + 2 * 0.5 * 2 * 2)
+    # a plan that is dearer than its pairs say makes them dearer, and what holds one of them
+    model.learn({(0, 1, 0): 16.0, (0, 0, 2): 4.0, (0, 0, 0): 40.0})
+    assert 35 < model.costs([(0, 0, 0)])[0] < 40  # 24 without
+    assert model.pair_costs[2, 0] > 16
+    assert model.costs([(0, 0, 1)])[0] > 4 + 8
 
 
 def test_moves_reach_every_plan_and_only_plans() -> None:

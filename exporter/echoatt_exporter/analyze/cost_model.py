@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,10 @@ from echoatt_exporter.analyze.neighbourhood import Neighbourhood, Sources
 from echoatt_exporter.analyze.screen import Pair, PairScreen
 
 Floats = NDArray[np.float64]
+
+# Of fitting: what holds a factor's logarithm back, how much more a plan counts than a pair alone
+# (plans are what is to be told apart), and how often the slopes are taken anew
+_HOLD, _WEIGHT_OF_PLANS, _STEPS = 0.1, 10.0, 6
 
 # Plans of one follower count from which those with one more are made
 _BEAM_WIDTH = 24
@@ -21,9 +25,10 @@ _CHANGED = 4
 class CostModel:
     """The cost of plans as a sum over their pairs, and over pairs of their pairs.
 
-    A pair that was measured counts as what it cost, and what it does together with others is scaled
-    with it. One that was not is taken to be as much dearer than its estimate as the measured ones
-    of its follower are in the middle, or those of all followers.
+    Each pair has a factor that its estimated effect is multiplied with. They are fitted to what was
+    measured, of single pairs and of whole plans: by least squares of the costs' logarithms, held
+    near to what pairs alone say. A pair that was not measured alone is taken to be as much dearer
+    than its estimate as the measured ones of its follower are in the middle, or those of all.
     """
 
     def __init__(self, screen: PairScreen, num_layers: int) -> None:
@@ -33,27 +38,62 @@ class CostModel:
         self._numbers_LL = np.full((num_layers, num_layers), -1)
         for number, pair in enumerate(screen.pairs):
             self._numbers_LL[pair] = number
-        self.correct({})
+        self.learn({})
 
-    def correct(self, measured: Mapping[Pair, float]) -> None:
-        """Take in what pairs cost alone, nats a token, by (follower, source)."""
-        estimated = np.maximum(np.diagonal(self._screened), np.finfo(np.float64).tiny)
-        factors = {
-            pair: measured[pair] / estimated[number]
-            for number, pair in enumerate(self._pairs)
-            if pair in measured
-        }
-        overall = float(np.median(list(factors.values()))) if factors else 1.0
-        by_follower: dict[int, list[float]] = {}
-        for (follower, _), factor in factors.items():
-            by_follower.setdefault(follower, []).append(factor)
-        usual = {follower: float(np.median(found)) for follower, found in by_follower.items()}
-        scale = np.sqrt([factors.get(pair, usual.get(pair[0], overall)) for pair in self._pairs])
-        self._gram = self._screened * np.outer(scale, scale)
+    def learn(self, measured: Mapping[Sources, float]) -> None:
+        """Take in what plans cost, nats a token; everything measured so far, each time anew."""
+        plans = {plan: cost for plan, cost in measured.items() if cost > 0}
+        usual_P = self._usual_factors(
+            {pairs[0]: cost for plan, cost in plans.items() if len(pairs := pairs_of(plan)) == 1}
+        )
+        factors_P = self._fitted(plans, usual_P) if plans else usual_P
+        self._gram = self._screened * np.outer(factors_P, factors_P)
         costs_LL = np.full(self._numbers_LL.shape, np.nan)
         for number, pair in enumerate(self._pairs):
             costs_LL[pair] = self._gram[number, number]
         self.near = Neighbourhood(costs_LL)
+
+    def _usual_factors(self, alone: Mapping[Pair, float]) -> Floats:
+        """Factors of effects from the pairs that were measured alone; their squares are costs'."""
+        estimated = np.maximum(np.diagonal(self._screened), np.finfo(np.float64).tiny)
+        ratios = {
+            pair: alone[pair] / estimated[number]
+            for number, pair in enumerate(self._pairs)
+            if pair in alone
+        }
+        overall = float(np.median(list(ratios.values()))) if ratios else 1.0
+        by_follower: dict[int, list[float]] = {}
+        for (follower, _), ratio in ratios.items():
+            by_follower.setdefault(follower, []).append(ratio)
+        usual = {follower: float(np.median(found)) for follower, found in by_follower.items()}
+        return np.sqrt([ratios.get(pair, usual.get(pair[0], overall)) for pair in self._pairs])
+
+    def _fitted(self, plans: Mapping[Sources, float], usual_P: Floats) -> Floats:
+        """Factors that fit the plans, by a few steps of Gauss and Newton."""
+        numbers = [[self._numbers_LL[pair] for pair in pairs_of(plan)] for plan in plans]
+        used = sorted({number for row in numbers for number in row})  # the others stay as they are
+        place = {number: column for column, number in enumerate(used)}
+        columns = [[place[number] for number in row] for row in numbers]
+        gram = self._screened[np.ix_(used, used)] * np.outer(usual_P[used], usual_P[used])
+        wanted_M = np.log(list(plans.values()))
+        weights_M = np.array([_WEIGHT_OF_PLANS if len(row) > 1 else 1.0 for row in numbers])
+        logs = np.zeros(len(used))
+        for _ in range(_STEPS):
+            factors = np.exp(logs)
+            found_M, slopes = np.zeros(len(plans)), np.zeros((len(plans), len(used)))
+            for number, row in enumerate(columns):
+                pulls = factors[row] * (gram[np.ix_(row, row)] @ factors[row])
+                total = max(float(pulls.sum()), np.finfo(np.float64).tiny)
+                found_M[number] = np.log(total)
+                slopes[number, row] = 2 * pulls / total
+            weighted = slopes * weights_M[:, None]
+            logs = np.linalg.solve(
+                weighted.T @ slopes + _HOLD * np.eye(len(used)),
+                weighted.T @ (wanted_M - found_M + slopes @ logs),
+            )
+        factors_P = usual_P.copy()
+        factors_P[used] *= np.exp(logs)
+        return factors_P
 
     @property
     def pair_costs(self) -> Floats:
@@ -86,14 +126,18 @@ class CostModel:
 
         A count has fewer where there are no more.
         """
-        beam, found = [self.near.unshared], []
+        level, found = [self.near.unshared], []
         for _ in range(most):
-            grown = {plan for parent in beam for plan in self.near.grown(parent)}
-            best = self.ranked(grown)[:_CHANGED]
-            grown |= {plan for parent in best for plan in self.near.swapped(parent)}
-            beam = self.ranked(grown)[: max(_BEAM_WIDTH, each)]
-            found.append(beam[:each])
+            level = self.grown(level)
+            found.append(level[:each])
         return found
+
+    def grown(self, plans: Iterable[Sources]) -> list[Sources]:
+        """Of plans with one follower more than `plans` have, those that may cost least."""
+        found = {plan for parent in plans for plan in self.near.grown(parent)}
+        best = self.ranked(found)[:_CHANGED]
+        found |= {plan for parent in best for plan in self.near.swapped(parent)}
+        return self.ranked(found)[:_BEAM_WIDTH]
 
 
 def pairs_of(plan: Sources) -> list[Pair]:

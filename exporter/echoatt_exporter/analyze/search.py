@@ -2,8 +2,9 @@
 
 All pairs are estimated at once from a few gradients, alone and together (`screen`). From that come
 the plans that may cost least for each number of followers (`cost_model`); their pairs are measured
-and the estimate is corrected, until the plans hold no pair that was not. Then plans are measured,
-on a few windows, and the best of them on all. Costs of plans are always measured in the end: the
+and the estimate is corrected, until the plans hold no pair that was not. Then plans are measured on
+a few windows, one follower more at a time, and what is measured is learned from; the best of each
+count are measured on all windows. Costs of plans are always measured in the end: the
 estimate says where to look, and no more.
 """
 
@@ -29,14 +30,13 @@ from echoatt_runtime.contract import SharingPlan
 
 # Plans of each follower count whose pairs are measured, and how often the estimate is corrected
 _PLANS_TO_CORRECT, _CORRECTIONS = 4, 4
-# Plans of each follower count that are measured on a few windows, and then on all
-_TRIED, _FINALISTS = 4, 1
-# The same for the count that was asked for
-_TRIED_OF_WANTED, _FINALISTS_OF_WANTED = 10, 4
+# Plans that are measured on a few windows: of each follower count up to the one that was asked for,
+# of that one, and of each behind it; and those of one count from which the next are made
+_TRIED, _TRIED_OF_WANTED, _TRIED_BEHIND, _PARENTS = 6, 10, 3, 4
 # Plans measured at a time to improve the best one, and how often
 _SWAPS_AT_ONCE, _SWAPS = 6, 4
-# Follower counts that are looked at together where nobody says how far to go
-_COUNTS_AT_ONCE = 6
+# Plans that are measured on all windows in the end: of each count, and of the one asked for
+_FINALISTS, _FINALISTS_OF_WANTED = 1, 4
 _DEFAULT_CONTEXT = 2048
 
 # Told what is measured ("pairs", "plans" or "best plans"), and how many runs of a plan on a batch
@@ -163,6 +163,13 @@ def _followers(ratio: float, architecture: DecoderArchitecture, most: int) -> in
     return followers
 
 
+def _tries(count: int, wanted: int | None) -> int:
+    """How many plans of a count are measured."""
+    if wanted is None or count < wanted:
+        return _TRIED
+    return _TRIED_OF_WANTED if count == wanted else _TRIED_BEHIND
+
+
 class _Search:
     """One search: what has been measured, and what it says of the rest."""
 
@@ -180,26 +187,29 @@ class _Search:
         self._plan_of = plan_of
         self._candidate_of = candidate_of
         self._on_step = on_step
-        self._pairs: dict[Pair, float] = {}
+        self._pairs: set[Pair] = set()
         self._tried: dict[int, dict[Sources, float]] = {}  # by follower count, on few windows
+        self._level = [self._model.near.unshared]  # of the last count, what may cost least
         self._judged: dict[int, dict[Sources, PlanCandidate]] = {}  # on all of them
 
     def run(self, wanted: int | None, max_kl: float | None, last: int) -> PlanSearch:
         """Measure pairs, then plans of up to `last` followers; see `search_plans`."""
         self._correct(last)
         chosen = None
-        step = last if max_kl is None else _COUNTS_AT_ONCE
-        for start in range(1, last + 1, step):
-            counts = range(start, min(start + step, last + 1))
-            self._try_plans(counts, last, wanted)
-            if wanted is not None:
-                self._improve(wanted)
-            self._judge(counts, wanted)
+        for count in range(1, last + 1):
+            self._try(count, _tries(count, wanted))
+            if count == wanted:
+                self._improve(count)
             if max_kl is not None:
-                fitting = self._largest_within(max_kl, counts)
-                chosen = fitting or chosen
-                if fitting is None or len(fitting.plan.followers) < counts[-1]:
+                self._judge([count], wanted)
+                if self._best(count).cost.kl > max_kl:
+                    self._improve(count)
+                    self._judge([count], wanted)
+                if self._best(count).cost.kl > max_kl:
                     break
+                chosen = self._best(count)
+        if max_kl is None:
+            self._judge(range(1, last + 1), wanted)
         if wanted is not None:
             chosen = self._best(wanted)
         if chosen is None:
@@ -209,12 +219,14 @@ class _Search:
                 f"no plan stays within a KL of {max_kl}: the cheapest, layer {follower} after layer"
                 f" {cheapest.plan.sources[follower]}, costs {cheapest.cost.kl:.3g}; allow more"
             )
-        measured_LL = np.zeros((self._layers, self._layers), dtype=np.bool_)
-        for pair in self._pairs:
-            measured_LL[pair] = True
+        costs_LL = self._model.pair_costs.copy()
+        measured_LL = np.zeros(costs_LL.shape, dtype=np.bool_)
+        for plan, kl in self._tried[1].items():
+            (pair,) = pairs_of(plan)
+            costs_LL[pair], measured_LL[pair] = kl, True
         judged = sorted(self._judged.items())
         return PlanSearch(
-            pair_costs=self._model.pair_costs,
+            pair_costs=costs_LL,
             pair_measured=measured_LL,
             candidates=tuple(
                 candidate
@@ -232,24 +244,18 @@ class _Search:
             levels = self._model.cheapest(last, _PLANS_TO_CORRECT)
             pairs = {pair for level in levels for plan in level for pair in pairs_of(plan)}
             # By follower from the last, so that what was measured when it is stopped is of use
-            new = sorted(pairs - self._pairs.keys(), reverse=True)
+            new = sorted(pairs - self._pairs, reverse=True)
             if not new:
                 return
-            costs = self._measure([alone(pair, self._layers) for pair in new], "pairs")
-            self._pairs |= dict(zip(new, costs, strict=True))
-            self._model.correct(self._pairs)
+            self._measure([alone(pair, self._layers) for pair in new], "pairs")
+            self._pairs |= set(new)
 
-    def _try_plans(self, counts: Sequence[int], last: int, wanted: int | None) -> None:
-        """Measure on a few windows what may cost least for each count."""
-        levels = self._model.cheapest(last, _TRIED_OF_WANTED)
-        self._measure(
-            [
-                plan
-                for count in counts
-                for plan in levels[count - 1][: _TRIED_OF_WANTED if count == wanted else _TRIED]
-            ],
-            "plans",
-        )
+    def _try(self, count: int, plans: int) -> None:
+        """Measure on a few windows what may cost least of a count."""
+        parents = self._tried.get(count - 1, {})
+        best = sorted(parents, key=lambda plan: (parents[plan], plan))[:_PARENTS]
+        self._level = self._model.grown([*self._level, *best])
+        self._measure(self._level[:plans], "plans")
 
     def _improve(self, count: int) -> None:
         """Change the best plan in one place while that helps."""
@@ -276,20 +282,8 @@ class _Search:
             judged = self._judged.setdefault(len(plan.followers), {})
             judged[plan.sources] = self._candidate_of(plan, cost)
 
-    def _largest_within(self, max_kl: float, counts: Sequence[int]) -> PlanCandidate | None:
-        """Of consecutive counts the last plan within `max_kl`; one that is above is improved."""
-        fitting = None
-        for count in counts:
-            if self._best(count).cost.kl > max_kl:
-                self._improve(count)
-                self._judge([count], None)
-            if self._best(count).cost.kl > max_kl:
-                break
-            fitting = self._best(count)
-        return fitting
-
-    def _measure(self, sources: Sequence[Sources], step: str) -> list[float]:
-        """Measure plans on a few windows."""
+    def _measure(self, sources: Sequence[Sources], step: str) -> None:
+        """Measure plans on a few windows, and learn from it what others may cost."""
         costs = self._probe.measure_all(
             [self._plan_of(plan) for plan in sources],
             few=True,
@@ -297,7 +291,7 @@ class _Search:
         )
         for plan, cost in zip(sources, costs, strict=True):
             self._tried.setdefault(len(pairs_of(plan)), {})[plan] = cost.kl
-        return [cost.kl for cost in costs]
+        self._model.learn({p: kl for level in self._tried.values() for p, kl in level.items()})
 
     def _best(self, count: int) -> PlanCandidate:
         """The cheapest of the plans with `count` followers that were measured on all windows."""
