@@ -39,8 +39,8 @@ _SWAPS_AT_ONCE, _SWAPS = 6, 4
 _FINALISTS, _FINALISTS_OF_WANTED = 1, 4
 _DEFAULT_CONTEXT = 2048
 
-# Told what is measured ("pairs", "plans" or "best plans"), and how many runs of a plan on a batch
-# of windows are done, of how many
+# Told what is measured ("pairs", "plans" or "best plans"), and how much of it is done, of how much:
+# runs of a plan on a batch of windows, or for "plans" plans, of so many at most
 OnSearch = Callable[[str, int, int], None]
 
 
@@ -189,12 +189,15 @@ class _Search:
         self._on_step = on_step
         self._pairs: set[Pair] = set()
         self._tried: dict[int, dict[Sources, float]] = {}  # by follower count, on few windows
+        self._done = self._most = 0  # plans measured, and at most to measure, for who waits
         self._level = [self._model.near.unshared]  # of the last count, what may cost least
         self._judged: dict[int, dict[Sources, PlanCandidate]] = {}  # on all of them
 
     def run(self, wanted: int | None, max_kl: float | None, last: int) -> PlanSearch:
         """Measure pairs, then plans of up to `last` followers; see `search_plans`."""
         self._correct(last)
+        self._most = sum(_tries(count, wanted) for count in range(1, last + 1))
+        self._most += _SWAPS * _SWAPS_AT_ONCE
         chosen = None
         for count in range(1, last + 1):
             self._try(count, _tries(count, wanted))
@@ -284,11 +287,16 @@ class _Search:
 
     def _measure(self, sources: Sequence[Sources], step: str) -> None:
         """Measure plans on a few windows, and learn from it what others may cost."""
-        costs = self._probe.measure_all(
-            [self._plan_of(plan) for plan in sources],
-            few=True,
-            on_run=lambda done, total: self._on_step(step, done, total),
-        )
+
+        def on_run(done: int, total: int) -> None:
+            if step == "plans":  # of which there are many small calls
+                done = self._done + len(sources) * done // total
+                total = max(done, self._most)
+            self._on_step(step, done, total)
+
+        plans = [self._plan_of(plan) for plan in sources]
+        costs = self._probe.measure_all(plans, few=True, on_run=on_run)
+        self._done += len(sources) if step == "plans" else 0
         for plan, cost in zip(sources, costs, strict=True):
             self._tried.setdefault(len(pairs_of(plan)), {})[plan] = cost.kl
         self._model.learn({p: kl for level in self._tried.values() for p, kl in level.items()})
