@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +20,16 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leave it to `guard_output`, where rich would end the process."""
         raise
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """See `rich.console.Console`."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            # What could not be written would come in front of what is printed next
+            self.begin_capture()
+            self.end_capture()
+            raise
 
 
 # Tables keep their numbers whole where nobody's window sets a width

@@ -85,6 +85,17 @@ def test_every_command_ends_in_a_line_or_quietly(
             assert f"standard output cannot be written ({os.strerror(errno.ENOSPC)})" in err
 
 
+def test_what_could_not_be_written_does_not_come_later(
+    inputs: dict[str, Path], run_into: Into, tmp_path: Path
+) -> None:
+    lost = ("evaluate", BUNDLE, "--text", inputs["text"])
+    assert run_into(closed_pipe(unbuffered=True), *lost)[0] == 141
+    shown = tmp_path / "shown.txt"
+    share = ("share", inputs["model"], tmp_path / "student", "--share", "1:0")
+    assert run_into(shown.open("w", encoding="utf-8"), *share)[0] == 0
+    assert shown.read_text(encoding="utf-8").startswith("plan: ")
+
+
 def test_a_reader_that_leaves_ends_the_process_quietly() -> None:
     command = [sys.executable, "-m", "echoatt_cli", "generate", str(BUNDLE), "a"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
