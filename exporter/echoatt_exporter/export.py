@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_exporter.share.outline import CheckpointOutline, read_outline
 from echoatt_exporter.share.special_tokens import special_tokens
 from echoatt_exporter.share.weight_files import checkpoint_digest
+from echoatt_exporter.texts import Text
 from echoatt_exporter.trace.tracer import graph_dtype, trace_student
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import (
@@ -90,8 +92,7 @@ def export_bundle(
     """
     start = time.perf_counter()
     _check_target(dtype, device)
-    if rounding is not None and DTYPES[dtype].bits is None:
-        raise ExportError(f"{dtype} rounds no weights to few bits; leave the rounding out")
+    texts = [] if rounding is None else rounding.read(dtype)
     source, target = Path(model_dir), BundlePath.of(out)
     sweep(target.place)
     target.check_free(force=force)
@@ -109,6 +110,7 @@ def export_bundle(
             outline,
             specification,
             rounding or RoundingChoice(),
+            texts,
             other_bytes=sum(path.stat().st_size for path in stage.bundle.iterdir()),
             verify=verify,
             trust_remote_code=trust_remote_code,
@@ -152,6 +154,7 @@ def _load_and_trace(
     outline: CheckpointOutline,
     specification: Specification,
     rounding: RoundingChoice,
+    calibration: Sequence[Text],
     *,
     other_bytes: int,
     verify: bool,
@@ -181,6 +184,7 @@ def _load_and_trace(
             student,
             specification,
             rounding,
+            calibration,
             other_bytes=other_bytes,
             model_dir=outline.directory,
             trust_remote_code=trust_remote_code,

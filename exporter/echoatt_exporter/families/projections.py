@@ -17,10 +17,9 @@ def is_projection(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def weight_out_in(projection: nn.Linear | Conv1D) -> torch.Tensor:
-    """A projection's weight as [out, in], without a copy."""
-    weight = projection.weight
-    return weight.T if isinstance(projection, Conv1D) else weight
+def weight_out_in(module: nn.Linear | Conv1D | nn.Embedding) -> torch.Tensor:
+    """A projection's weight as [out, in], or a table of embeddings, without a copy."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def take_outputs(module: nn.Module, index: torch.Tensor) -> None:

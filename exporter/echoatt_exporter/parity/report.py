@@ -9,7 +9,7 @@ from typing import Any
 
 from echoatt_exporter.errors import ParityError
 from echoatt_exporter.parity.tolerance import Tolerance, dtype_name
-from echoatt_runtime.contract import RoundingCost, Verification
+from echoatt_runtime.contract import DTYPES, RoundingCost, Verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,8 @@ class ParityReport:
     @property
     def method(self) -> str:
         """What was compared with what, and what was allowed, in words."""
-        weights = "the checkpoint's" if self.unrounded is None else "the bundle's own rounded"
+        rounded = DTYPES[self.dtype].bits is not None
+        weights = "the bundle's own rounded" if rounded else "the checkpoint's"
         return (
             f"against PyTorch with {weights} weights in {dtype_name(self.tolerance.exact)};"
             f" allowed: {self.tolerance.words}"

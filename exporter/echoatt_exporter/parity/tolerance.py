@@ -58,14 +58,15 @@ class Tolerance:
 # too large are 150 to 840 away in the middle of a case, a lost mask row, an early token, swapped
 # heads or another source thousands; on tiny models values that are 0.1 % too large 400. In 16
 # bits: SmolLM2 in float16 is up to 3.6 away, and 0.8 in the middle. bfloat16 computed in float32
-# rounds only scales and caps, which is little of what bfloat16 loses.
+# rounds only scales and caps: tiny models of ten families are up to 0.6 of bfloat16's loss away at
+# a position, and 0.1 in the middle.
 TOLERANCES: Final = {
     tolerance.name: tolerance
     for tolerance in (
         Tolerance("fp32", torch.float64, torch.float32, 64, 16, 5e-7),
         Tolerance("fp16", torch.float32, torch.float16, 32, 8, 5e-4),
         Tolerance("bf16", torch.float32, torch.bfloat16, 32, 8, 4e-3),
-        Tolerance("bf16 computed in float32", torch.float32, torch.bfloat16, 2, 1, 5e-4),
+        Tolerance("bf16 computed in float32", torch.float32, torch.bfloat16, 1.5, 0.3, 5e-4),
     )
 }
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -14,7 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from echoatt_exporter.errors import ExportError
 from echoatt_exporter.families.projections import is_projection, weight_out_in
-from echoatt_exporter.quantise.round_weights import has_shared_table, nearest, tables_of
+from echoatt_exporter.quantise.round_weights import (
+    check_numbers,
+    has_shared_table,
+    nearest,
+    tables_of,
+)
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.contract import Bits, Quantisation
 
@@ -91,7 +96,7 @@ def weight_bytes(student: EchoAttForCausalLM, quantisation: Quantisation) -> int
     """
     head, embedding = tables_of(student)
     size = quantisation.block_size
-    rounded: dict[nn.Module, Bits] = {
+    rounded: dict[nn.Linear | Conv1D | nn.Embedding, Bits] = {
         module: quantisation.bits_of(name)
         for name, module in student.decoder.named_modules()
         if is_projection(module)
@@ -106,16 +111,11 @@ def weight_bytes(student: EchoAttForCausalLM, quantisation: Quantisation) -> int
     )
 
 
-def _bytes(module: nn.Module, bits: Bits, block_size: int) -> int:
+def _bytes(module: nn.Linear | Conv1D | nn.Embedding, bits: Bits, block_size: int) -> int:
     """What a matrix takes: whole blocks of inputs, each with a scale."""
-    outputs, inputs = _matrix(module).shape
+    outputs, inputs = weight_out_in(module).shape
     blocks = math.ceil(inputs / block_size)
     return outputs * blocks * (block_size * bits // 8 + _SCALE_BYTES)
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of a projection or a table, by outputs or rows."""
-    return weight_out_in(module) if is_projection(module) else cast(torch.Tensor, module.weight)
 
 
 def _groups(
@@ -158,6 +158,7 @@ def _watch(student: EchoAttForCausalLM, windows_WS: torch.Tensor) -> _Seen:
             if is_projection(module):
                 stack.callback(module.register_forward_hook(keep).remove)
         logits_BSV: Any = student(input_ids=windows_WS, use_cache=False).logits
+        check_numbers(logits_BSV)
         log_odds_TV = logits_BSV.float().flatten(0, 1).log_softmax(-1)
         random = torch.Generator().manual_seed(_SEED)
         drawn_T1 = torch.multinomial(log_odds_TV.detach().exp(), 1, generator=random)

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 
+from echoatt_exporter.quantise.round_weights import check_numbers
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 
 _SEED: Final = 20240914
@@ -26,6 +27,9 @@ def draw_windows(
         length: S, at least 2.
         begin: A token in front of all, if the model has one that begins a text.
 
+    Raises:
+        NumericalError: The model computes NaN or infinities.
+
     Returns:
         The windows, int64 [W, S]; the same for the same weights.
     """
@@ -40,6 +44,7 @@ def draw_windows(
             input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache = output.past_key_values
+        check_numbers(output.logits)
         odds_WV = output.logits[:, -1].float().softmax(-1)
         step = torch.multinomial(odds_WV, 1, generator=random)
         drawn_Wn = torch.cat([drawn_Wn, step], dim=1)

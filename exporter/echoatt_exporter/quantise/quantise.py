@@ -19,16 +19,16 @@ from echoatt_exporter.quantise.round_weights import (
     round_to_nearest,
 )
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
-from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
-from echoatt_runtime.contract import ROUNDINGS, Bits, Quantisation, Specification
+from echoatt_exporter.texts import Text, load_tokenizer, read_texts, sample_windows, texts_digest
+from echoatt_runtime.contract import DTYPES, ROUNDINGS, Bits, Quantisation, Specification
 
 # A table that is looked up costs no time, and next to nothing of the model, at 8 bits
 _TABLE_BITS: Final = 8
 # What a graph takes in its file, somewhat more than was seen: the layers of SmolLM2 11,500 each
 _GRAPH_BYTES: Final = 65_536
 _LAYER_BYTES: Final = 14_000
-# Windows of text and their tokens. A large model takes longer and loses less by each, and writes
-# many short windows faster than few long ones.
+# Windows of text and their tokens. A large model takes longer for each, and writes many short ones
+# faster than few long ones.
 _WINDOWS: Final = (24, 256)
 _WINDOWS_OF_LARGE: Final = (16, 128)
 _LARGE: Final = 300_000_000
@@ -76,11 +76,26 @@ class RoundingChoice:
                 " out, or choose calibrated"
             )
 
+    def read(self, dtype: str) -> list[Text]:
+        """The calibration text, where this choice is one for a dtype.
+
+        Raises:
+            ExportError: The dtype has nothing to choose.
+            TextError: The text cannot be read.
+        """
+        bits = DTYPES[dtype].bits
+        if bits is None:
+            raise ExportError(f"{dtype} rounds no weights to few bits; leave the rounding out")
+        if bits == 8 and self.max_megabytes is not None:
+            raise ExportError(f"{dtype} has 8 bits everywhere; leave the size out, or choose int4")
+        return read_texts(self.texts) if self.texts else []
+
 
 def quantise_student(
     student: EchoAttForCausalLM,
     specification: Specification,
     choice: RoundingChoice,
+    texts: Sequence[Text],
     *,
     model_dir: Path,
     other_bytes: int,
@@ -93,13 +108,15 @@ def quantise_student(
         student: On the CPU, in float32 and in evaluation mode.
         specification: Of the bundle; its dtype says to how many bits.
         choice: How.
-        other_bytes: What the bundle's files take besides weights and graph.
+        texts: What its files hold.
         model_dir: Where the tokenizer for calibration text lies.
+        other_bytes: What the bundle's files take besides weights and graph.
         trust_remote_code: Run code that the checkpoint brings.
         on_part: Told what goes on.
 
     Raises:
-        EchoAttError: The calibration text cannot be read, or is too little.
+        EchoAttError: The calibration text is too little, the bundle too small, or the model
+            computes no numbers.
     """
     bits = specification.weight_dtype.bits
     assert bits is not None  # noqa: S101 - only quantised dtypes come here
@@ -121,8 +138,7 @@ def quantise_student(
         parameters = sum(parameter.numel() for parameter in student.parameters())
         count, length = _WINDOWS if parameters < _LARGE else _WINDOWS_OF_LARGE
         length = min(length, specification.context_length)
-        if choice.texts:
-            texts = read_texts(choice.texts)
+        if texts:
             tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
             windows = sample_windows(texts, tokenizer, length=length, count=count)
             origin = f"given, SHA-256 {texts_digest(texts)}"
@@ -132,7 +148,7 @@ def quantise_student(
                 student, count=count, length=length, begin=specification.bos_token_id
             )
             origin = "written by the model"
-        if choice.max_megabytes is not None and bits == 4:
+        if choice.max_megabytes is not None:
             on_part("widths", 0, 1)
             rest = other_bytes + _GRAPH_BYTES + _LAYER_BYTES * specification.num_layers
             most = int(choice.max_megabytes * 1e6) - rest

@@ -19,6 +19,7 @@ from echoatt_exporter.quantise.block_quantizer import dequantize_blocks, quantiz
 from echoatt_exporter.quantise.compensate import Inputs, round_compensated
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_runtime.contract import Bits, Quantisation
+from echoatt_runtime.errors import NumericalError
 
 OnRounded = Callable[[int, int], None]
 _Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -85,7 +86,7 @@ def round_calibrated(
 
 def has_shared_table(student: EchoAttForCausalLM) -> bool:
     """Whether the LM head is the table of embeddings, or a copy of it."""
-    head, table = (_table(module) for module in tables_of(student))
+    head, table = (module.weight for module in tables_of(student))
     return head is table or (head.shape == table.shape and torch.equal(head, table))
 
 
@@ -97,9 +98,9 @@ def _round_tables(
     """Round LM head and table of embeddings: once if they are the same, else the table plainly."""
     head, embedding = tables_of(student)
     shared, size = has_shared_table(student), quantisation.block_size
-    rounded_VE = round_head(_table(head), quantisation.head_bits, size)
+    rounded_VE = round_head(head.weight, quantisation.head_bits, size)
     if not shared:
-        table_VE = nearest(_table(embedding), quantisation.embedding_bits, size)
+        table_VE = nearest(embedding.weight, quantisation.embedding_bits, size)
         replace_weight(embedding, table_VE)
     replace_weight(head, rounded_VE)
     if shared:
@@ -112,14 +113,10 @@ def _projections(student: EchoAttForCausalLM) -> dict[str, nn.Linear | Conv1D]:
     return {name: module for name, module in modules if is_projection(module)}
 
 
-def tables_of(student: EchoAttForCausalLM) -> tuple[nn.Module, nn.Module]:
+def tables_of(student: EchoAttForCausalLM) -> tuple[nn.Linear, nn.Embedding]:
     """The LM head and the table of embeddings."""
-    return student.get_output_embeddings(), student.get_input_embeddings()
-
-
-def _table(module: nn.Module) -> torch.Tensor:
-    """The weight of either, [V, E]."""
-    return cast(torch.Tensor, module.weight)
+    tables = student.get_output_embeddings(), student.get_input_embeddings()
+    return cast(tuple[nn.Linear, nn.Embedding], tables)
 
 
 class _HeadReached(Exception):  # noqa: N818 - it is an outcome, not an error
@@ -163,6 +160,7 @@ class _BothCopies:
             self._on_weight(self._done, self._count)
             self._done += 1
             if hidden_BSK is not self._hidden:
+                check_numbers(hidden_BSK)
                 exact, rounded = hidden_BSK.flatten(0, 1).chunk(2)
                 self._hidden, self._inputs = hidden_BSK, Inputs.of(exact, rounded)
         assert self._inputs is not None  # noqa: S101 - the text runs through projections
@@ -176,6 +174,19 @@ class _BothCopies:
         exact, rows = rows_BSE.chunk(2)
         bits, size = self._quantisation.embedding_bits, self._quantisation.block_size
         return torch.cat([exact, nearest(rows.flatten(0, 1), bits, size).view_as(rows)])
+
+
+def check_numbers(values: torch.Tensor) -> None:
+    """Refuse to go by what a broken model computes.
+
+    Raises:
+        NumericalError: A value is NaN or infinite.
+    """
+    if not torch.isfinite(values).all():
+        raise NumericalError(
+            "PyTorch itself computes values that are NaN or infinite on calibration text, so"
+            " nothing can be learned from it; see whether the checkpoint's weights are whole"
+        )
 
 
 def nearest(weight_NK: torch.Tensor, bits: Bits, block_size: int) -> torch.Tensor:
