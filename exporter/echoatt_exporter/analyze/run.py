@@ -57,8 +57,6 @@ from echoatt_runtime.errors import one_line
 
 SEARCH_FORMAT = "echoatt-search/2"
 
-# How far the front goes beyond the ratio that is asked for
-_FRONT_RATIO = 0.75
 # What a new token reads is counted at this context, or the model's own if that is shorter
 _DECODE_CONTEXT = 4096
 
@@ -249,7 +247,7 @@ def _choose(
             config,
             ratio=choice.ratio,
             max_kl=choice.max_kl,
-            max_ratio=choice.front_ratio(architecture, _FRONT_RATIO),
+            max_ratio=choice.front_ratio(architecture),
             head_similarity=heads,
             context=context,
             screen=_screen(probe, heads, progress, on_step),
