@@ -353,7 +353,7 @@ def test_a_failure_at_the_end_leaves_what_was_there(
     def fail(_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echoatt_exporter.analyze.run.render_report", fail)
+    monkeypatch.setattr("echoatt_exporter.analyze.save.render_report", fail)
     out = tmp_path / "o"
     shutil.copytree(by_cost.out, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
