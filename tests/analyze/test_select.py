@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.wording import whole
 
+from echoatt_exporter.analyze.choice import Choice
 from echoatt_exporter.analyze.select import (
     follows_the_sink,
     kept_without_first,
@@ -57,6 +58,19 @@ def graded(levels: Sequence[float]) -> LayerSimilarity:
 
 def full(count: int) -> DecoderArchitecture:
     return architecture_with(["full"] * count)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "front"), [(0.1, 0.3), (None, 0.75), (0.4, 0.75), (0.9, 0.9), (0.02, 0.06)]
+)
+def test_the_front_goes_some_way_beyond_what_is_asked_for(
+    ratio: float | None, front: float
+) -> None:
+    """Three times as far, and to three quarters of the layers; a quarter is asked for by itself."""
+    assert Choice.of("cost", ratio=ratio).front_ratio(full(30)) == pytest.approx(front)
+    kinds = architecture_with(["full", "sliding", "full", "sliding", "full"])
+    assert Choice.of("cost", ratio=0.4).front_ratio(kinds) == 0.6  # two must be sources
+    assert Choice.of("cost", max_kl=1.0).front_ratio(kinds) is None
 
 
 def test_importance_is_the_mean_similarity_to_the_others() -> None:
@@ -131,7 +145,9 @@ def test_a_cut_at_the_attention_sink_is_told_from_one_that_is_not() -> None:
     assert paper_plan(sink, full(6)).sources == (0, 1, 1, 1, 1, 1)
     assert paper_plan(sink, full(6), without_first=True).sources == (0, 1, 1, 1, 1, 5)
     kept = kept_without_first(sink, full(6))
-    assert kept == pytest.approx(0.105, abs=0.1)
+    # Layers 2 to 5 are above the cut: 0.60302 less 0.2358, and without the first token 0.19712
+    # less 0.1764
+    assert kept == pytest.approx(0.02072 / 0.36722)
     assert follows_the_sink(kept)
     none = with_first_token(LEVELS, LEVELS)
     assert kept_without_first(none, full(22)) == pytest.approx(1)

@@ -220,6 +220,27 @@ def test_what_another_analysis_began_is_not_gone_on_with(
     assert not (out / "progress").exists()
 
 
+def test_progress_that_cannot_be_kept_is_one_line(
+    checkpoint: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def fill_the_disk(file: Path, data: bytes) -> int:
+        if "samples" in file.name:
+            raise OSError(28, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr("echoatt_exporter.analyze.progress._BETWEEN", -1)
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    out = tmp_path / "o"
+    command = ("analyze", checkpoint, "--text", text, "--out", out, "--length", LENGTH, "--json")
+    code, printed, err = run(*command)
+    assert (code, printed) == (2, "")
+    assert err.startswith(f"echoatt: {out / 'progress' / 'samples.npz'}: cannot write the file (")
+    assert says(err, "No space left on device")
+    assert err.count("\n") == 1
+
+
 def test_interrupted_it_says_what_is_kept(
     checkpoint: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +353,7 @@ def test_a_failure_at_the_end_leaves_what_was_there(
     def fail(_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echoatt_exporter.analyze.run.render_report", fail)
+    monkeypatch.setattr("echoatt_exporter.analyze.save.render_report", fail)
     out = tmp_path / "o"
     shutil.copytree(by_cost.out, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

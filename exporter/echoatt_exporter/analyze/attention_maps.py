@@ -5,16 +5,13 @@ Shapes in names: L layers, H query heads, T tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from transformers import PreTrainedModel
 
+from echoatt_exporter.analyze.lent_teacher import lending_attention
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
 from echoatt_exporter.share.modeling_echoatt import ATTENTION_NAME, MaterializedAttention
-from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_runtime.errors import one_line
 
 
@@ -31,23 +28,6 @@ class _MapCollector(MaterializedAttention):
         """Put a layer's probabilities [1, N, G·T, T] in their place."""
         self.maps_LHTT[layer] = probabilities.reshape(self.maps_LHTT.shape[1:])
         self.seen.add(layer)
-
-
-@contextlib.contextmanager
-def _lent(teacher: PreTrainedModel) -> Iterator[None]:
-    """The teacher in evaluation mode with EchoAtt's attention; as it was afterwards."""
-    implementation = teacher.config._attn_implementation  # noqa: SLF001  # it has no public name
-    training = [module for module in teacher.modules() if module.training]
-    try:
-        with quiet_transformers():
-            teacher.set_attn_implementation(ATTENTION_NAME)
-        teacher.eval()
-        yield
-    finally:
-        with quiet_transformers():
-            teacher.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True
 
 
 @torch.no_grad()
@@ -90,7 +70,7 @@ def attention_maps(teacher: PreTrainedModel, window: torch.Tensor) -> torch.Tens
         )
     L, H = architecture.num_layers, heads[0]
     collector = _MapCollector(torch.zeros((L, H, T, T), device=teacher.device))
-    with _lent(teacher):
+    with lending_attention(teacher, ATTENTION_NAME):
         try:
             teacher(
                 input_ids=window[None].to(teacher.device),

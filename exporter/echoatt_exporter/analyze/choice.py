@@ -12,6 +12,8 @@ Method = Literal["cost", "paper", "threshold"]
 
 # What the cost method shares when no limit is given
 _DEFAULT_RATIO = 0.25
+# How far its front goes: to so many times the ratio that is asked for, and to this one at most
+_FRONT_TIMES, _FRONT_RATIO = 3, 0.75
 
 _LIMITS: dict[str, tuple[str, ...]] = {
     "cost": ("ratio", "max_kl"),
@@ -92,14 +94,16 @@ class Choice:
                 f" kind has no source; give at most {most / layers:.2f}"
             )
 
-    def front_ratio(self, architecture: DecoderArchitecture, ratio: float) -> float | None:
-        """How far to search beyond what is asked for: to `ratio`, if the model allows.
+    def front_ratio(self, architecture: DecoderArchitecture) -> float | None:
+        """How far to search beyond what is asked for, as far as the model allows.
 
-        None with `max_kl`, which says by itself how far to go.
+        Who asks for little is shown more than that and need not wait for all. None with `max_kl`,
+        which says by itself how far to go.
         """
         if self.ratio is None:
             return None
-        return max(self.ratio, min(ratio, _most_followers(architecture) / architecture.num_layers))
+        most = _most_followers(architecture) / architecture.num_layers
+        return max(self.ratio, min(_FRONT_TIMES * self.ratio, _FRONT_RATIO, most))
 
     @property
     def in_words(self) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
+
+from echoatt_exporter.share.recomputed_attention import fused_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,7 @@ class Loan:
         """Attention output [B, T, H, D]."""
         if self.softcap is not None:
             return context(self.probabilities(), value_BNTD)
-        output_BHTD = F.scaled_dot_product_attention(
-            self.query,
-            self.key,
-            value_BNTD,
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
-            scale=self.scaling,
-            enable_gqa=self.query.shape[1] != self.key.shape[1],
-        )
-        return output_BHTD.transpose(1, 2)
+        return fused_attention(self.query, self.key, value_BNTD, self.mask, self.scaling)
 
     def probabilities(self) -> torch.Tensor:
         """Attention probabilities [B, H, T, T]; softmax is computed in float32."""

@@ -59,6 +59,9 @@ class Measured:
 
         Args:
             now: Write it however short that is ago.
+
+        Raises:
+            AnalysisError: It cannot be written.
         """
         if self._path is None or not (now or time.monotonic() - self._written > _BETWEEN):
             return

@@ -82,20 +82,26 @@ class Progress:
         with np.load(path) as found:
             return dict(found)
 
-    def keep(self, name: str, arrays: Mapping[str, Floats], *, now: bool = False) -> None:
-        """Keep arrays under a name, in the place of earlier ones.
+    def keep(self, name: str, arrays: Mapping[str, Floats]) -> None:
+        """Keep arrays under a name, in the place of earlier ones, and write them now and then.
 
         Args:
             name: Of the file, without an ending.
             arrays: By name.
-            now: Write them however short it is ago that something was written.
+
+        Raises:
+            AnalysisError: They cannot be written.
         """
         self._unwritten[name] = dict(arrays)
-        if now or time.monotonic() - self._written > _BETWEEN:
+        if time.monotonic() - self._written > _BETWEEN:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything that is not written."""
+        """Write everything that is not written.
+
+        Raises:
+            AnalysisError: It cannot be.
+        """
         for name in list(self._unwritten):
             data = io.BytesIO()
             np.savez(data, allow_pickle=False, **self._unwritten[name])

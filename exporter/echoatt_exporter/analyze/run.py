@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -22,21 +21,10 @@ from echoatt_exporter.analyze.compare_maps import SimilaritySums, measure_simila
 from echoatt_exporter.analyze.findings import AnalysisReport, SinkFinding, head_alignment
 from echoatt_exporter.analyze.footprint import footprint_of
 from echoatt_exporter.analyze.match_heads import align_plan
-from echoatt_exporter.analyze.pictures import image_bytes, similarity_figure
 from echoatt_exporter.analyze.probe import PlanProbe
 from echoatt_exporter.analyze.progress import Progress
-from echoatt_exporter.analyze.publish import (
-    FRONT,
-    PAGE,
-    PICTURE,
-    PLAN,
-    SEARCH,
-    SIMILARITY,
-    WITHOUT_FIRST,
-    check_free,
-    published,
-)
-from echoatt_exporter.analyze.report import render_report
+from echoatt_exporter.analyze.publish import check_free, published
+from echoatt_exporter.analyze.save import save_analysis
 from echoatt_exporter.analyze.screen import PairScreen
 from echoatt_exporter.analyze.search import screen_for, search_plans
 from echoatt_exporter.analyze.select import (
@@ -55,10 +43,6 @@ from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, t
 from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.errors import one_line
 
-SEARCH_FORMAT = "echoatt-search/2"
-
-# How far the front goes beyond the ratio that is asked for
-_FRONT_RATIO = 0.75
 # What a new token reads is counted at this context, or the model's own if that is shorter
 _DECODE_CONTEXT = 4096
 
@@ -196,7 +180,7 @@ def analyze_model(
             seconds=time.perf_counter() - start,
         )
         with published(target, force=force) as stage:
-            _write(report, stage)
+            save_analysis(report, stage)
     except BaseException:  # whoever stops it, what it measured is kept
         progress.flush()
         raise
@@ -249,7 +233,7 @@ def _choose(
             config,
             ratio=choice.ratio,
             max_kl=choice.max_kl,
-            max_ratio=choice.front_ratio(architecture, _FRONT_RATIO),
+            max_ratio=choice.front_ratio(architecture),
             head_similarity=heads,
             context=context,
             screen=_screen(probe, heads, progress, on_step),
@@ -285,39 +269,3 @@ def _screen(
 
     begun = None if found is None else (int(found["done"]), found["gram"])
     return screen_for(probe, heads, begun=begun, on_batch=on_batch)
-
-
-def _write(report: AnalysisReport, stage: Path) -> None:
-    similarity = report.similarity
-    similarity.save(stage / SIMILARITY)
-    (stage / PICTURE).write_bytes(image_bytes(similarity_figure(similarity), "png"))
-    _write_json(stage / PLAN, _plan_data(report, report.chosen))
-    if report.sink is not None:
-        _write_json(stage / WITHOUT_FIRST, _plan_data(report, report.sink.beside))
-    if report.search is not None:
-        data = {"format": SEARCH_FORMAT, **report.origin(), **report.search.to_dict()}
-        _write_json(stage / SEARCH, data)
-        (stage / FRONT).mkdir()
-        for candidate in report.search.front:
-            plan = candidate.plan
-            name = f"{len(plan.followers):02}-of-{plan.num_layers}.json"
-            _write_json(stage / FRONT / name, _plan_data(report, candidate))
-    (stage / PAGE).write_text(render_report(report), encoding="utf-8")
-
-
-def _plan_data(report: AnalysisReport, candidate: PlanCandidate) -> dict[str, Any]:
-    """A plan file, with what the plan is for and costs beside it."""
-    cost = candidate.cost
-    return {
-        **json.loads(candidate.plan.to_json()),
-        "method": report.method,
-        "ratio": candidate.plan.ratio,
-        "kl": cost.kl,
-        "kl_standard_error": cost.kl_standard_error,
-        "perplexity_ratio": cost.perplexity_ratio,
-        **report.origin(),
-    }
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

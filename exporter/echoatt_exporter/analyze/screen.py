@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from echoatt_exporter.analyze.lent_teacher import lending_attention
 from echoatt_exporter.analyze.loans import Loan, context, own_order, values_for
-from echoatt_exporter.analyze.sweep import lending_attention
 from echoatt_exporter.share.lm_head import Head, head_of
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
+from echoatt_exporter.share.recomputed_attention import RECOMPUTED_NAME
 from echoatt_runtime.contract import SharingPlan
 
 # Draws of the next token at every position, each a backward pass
@@ -82,7 +83,7 @@ def screen_pairs(
     per_batch = max(1, _BATCH_TOKENS // T)
     windows = windows[: max(2, _TOKENS // T)].to(teacher.device)
     done, gram_PP = begun or (0, np.zeros((len(plans), len(plans))))
-    with lending_attention(teacher), _frozen(teacher):
+    with lending_attention(teacher, RECOMPUTED_NAME), _frozen(teacher):
         for start in range(done, len(windows), per_batch):
             batch_BT = windows[start : start + per_batch]
             # Each batch draws for itself, so that it does not matter which was the first

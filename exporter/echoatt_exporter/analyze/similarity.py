@@ -129,11 +129,7 @@ class LayerSimilarity:
         Raises:
             AnalysisError: It cannot be written.
         """
-        path = Path(path)
-        try:
-            write_whole(path, self.to_json().encode())
-        except OSError as error:
-            raise AnalysisError(f"{path}: cannot write the similarity ({error})") from error
+        write_whole(Path(path), self.to_json().encode())
 
 
 def _matrix(value: Any) -> Floats | None:

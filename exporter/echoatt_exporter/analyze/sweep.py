@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from echoatt_exporter.analyze.lent_teacher import lending_attention
 from echoatt_exporter.analyze.loans import Loan, own_order, values_for
 from echoatt_exporter.families import family_of
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
@@ -49,21 +50,6 @@ _Rows = list[tuple[int, _State]]
 _Follow = Callable[[nn.Module, int], AbstractContextManager[None]]
 
 
-@contextmanager
-def lending_attention(teacher: PreTrainedModel) -> Iterator[None]:
-    """A teacher in evaluation mode that asks for a `SharedAttention`; as it was afterwards."""
-    implementation = teacher.config._attn_implementation  # noqa: SLF001  # it has no public name
-    training = [module for module in teacher.modules() if module.training]
-    try:
-        teacher.eval()
-        teacher.set_attn_implementation(RECOMPUTED_NAME)
-        yield
-    finally:
-        teacher.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True
-
-
 class StudentSweep:
     """Runs students on one loaded teacher, which is as it was after every run."""
 
@@ -88,7 +74,7 @@ class StudentSweep:
         """
         branches = _Branches(plans)
         body = getattr(self._teacher, self._teacher.base_model_prefix)
-        with lending_attention(self._teacher), self._branching(branches):
+        with lending_attention(self._teacher, RECOMPUTED_NAME), self._branching(branches):
             output = body(input_ids=windows_BT, use_cache=False, shared_attention=branches)
         hidden_CBTE = output.last_hidden_state.unflatten(0, (-1, len(windows_BT)))
         found: dict[int, torch.Tensor] = {}

@@ -80,25 +80,34 @@ class RecomputedAttention:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer in self._lending:
             self._loans[layer] = loan
-        return _fused(loan, value_BNTD)
+        return _attend(loan, value_BNTD)
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
         """See `SharedAttention.follow`."""
-        return _fused(self._loans[self.sources[module.layer_idx]], value_BNTD)
+        return _attend(self._loans[self.sources[module.layer_idx]], value_BNTD)
 
 
-def _fused(loan: _Loan, value_BNTD: torch.Tensor) -> torch.Tensor:
+def _attend(loan: _Loan, value_BNTD: torch.Tensor) -> torch.Tensor:
+    return fused_attention(loan.query, loan.key, value_BNTD, loan.mask, loan.scaling)
+
+
+def fused_attention(
+    query_BHSD: torch.Tensor,
+    key_BNTD: torch.Tensor,
+    value_BNTD: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
     """Attention output [B, S, H, D]; without a mask it is causal."""
-    query = loan.query
     output_BHSD = F.scaled_dot_product_attention(
-        query,
-        loan.key,
+        query_BHSD,
+        key_BNTD,
         value_BNTD,
-        attn_mask=loan.mask,
+        attn_mask=mask,
         # One query sees all keys; the kernel's causal mode would show it the first only
-        is_causal=loan.mask is None and query.shape[2] > 1,
-        scale=loan.scaling,
-        enable_gqa=query.shape[1] != loan.key.shape[1],
+        is_causal=mask is None and query_BHSD.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=query_BHSD.shape[1] != key_BNTD.shape[1],
     )
     return output_BHSD.transpose(1, 2)
 
