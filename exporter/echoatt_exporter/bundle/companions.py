@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from echoatt_exporter.errors import ExportError, OutputExistsError
 from echoatt_exporter.share.tokenizer_files import save_tokenizer
