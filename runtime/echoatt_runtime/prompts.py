@@ -119,7 +119,7 @@ def _read_prompt(prompt: object) -> str | list[object]:
 
 def _items(prompt: object) -> list[object]:
     """What a prompt, or a list of them, is made of."""
-    if isinstance(prompt, Mapping) or is_message(prompt):
+    if is_message(prompt):
         raise PromptError("a chat is a list of messages; put the single message into a list")
     items = as_list(prompt)
     if items is None:

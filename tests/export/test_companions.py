@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from tests.tiny_models import build_tiny_model
+from transformers import AutoTokenizer
 
 from echoatt_exporter import OutputExistsError, export_bundle, rewrite_bundle
-from echoatt_exporter.bundle import BundlePath
+from echoatt_exporter.bundle import BundlePath, copy_checkpoint_files
+from echoatt_exporter.share.tokenizer_files import save_tokenizer
 from echoatt_runtime import ChatTemplateError, EchoModel, SamplingParams
 from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.text import TextTokenizer
 
 # Another model's bundle, with a tokenizer and a chat template
 STRANGER = Path(__file__).parents[1] / "runtime" / "data" / "format-2"
@@ -112,3 +116,25 @@ def test_bundles_of_one_checkpoint_share_a_directory(
     for file in (out.model, out.weights):
         file.unlink()
     _is_its_own(second)
+
+
+def test_several_chat_templates_come_along_from_a_list_and_from_a_folder(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    templates = {"default": "plain", "tool_use": "tools", "rag": "é"}
+    source, student, beside = tmp_path / "source", tmp_path / "student", tmp_path / "beside"
+    shutil.copytree(checkpoint, source)
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
+    path.write_text(json.dumps(config))
+    bundle = export_bundle(source, tmp_path / "out" / "a.onnx", verify=False).model
+    student.mkdir()
+    save_tokenizer(source, student)
+    assert (student / "additional_chat_templates" / "tool_use.jinja").is_file()
+    beside.mkdir()
+    copy_checkpoint_files(student, beside)
+    for tokenizer in (EchoModel.load(bundle).tokenizer, TextTokenizer.from_directory(beside)):
+        assert (tokenizer.chat_template, tokenizer.tool_template) == ("plain", "tools")
+    for place in (bundle.parent, beside):
+        assert AutoTokenizer.from_pretrained(place).chat_template == templates

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +57,30 @@ def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
         torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def saved(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., PreTrainedModel]
+) -> Path:
+    """A tiny Llama teacher's directory; tests work on copies of it."""
+    path = tmp_path_factory.mktemp("saved") / "teacher"
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def teacher_dir(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(saved, tmp_path / "teacher"))
+
+
+@pytest.fixture
+def student_dir(
+    tiny_model: Callable[..., PreTrainedModel],
+    plan_for: Callable[[str], SharingPlan],
+    tmp_path: Path,
+) -> Path:
+    """The directory of its student."""
+    share_attention(tiny_model("llama"), plan_for("llama")).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"

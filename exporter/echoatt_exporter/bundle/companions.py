@@ -7,13 +7,18 @@ lies there is no bundle's: the manifest lists what is.
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
 from echoatt_exporter.errors import ExportError, OutputExistsError
 from echoatt_exporter.share.tokenizer_files import save_tokenizer
+from echoatt_exporter.share.weight_files import read_json_object
 from echoatt_runtime.bundle import Bundle
+from echoatt_runtime.text import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 # Read by people and tools beside the bundle; the runtime itself reads the manifest.
 _CONFIG_FILES = ("config.json", "generation_config.json")
@@ -36,10 +41,34 @@ def copy_checkpoint_files(
         CheckpointError: There is a tokenizer, and it cannot be loaded.
     """
     notes = save_tokenizer(source, target, trust_remote_code=trust_remote_code)
+    _fold_templates(target)
     for name in _CONFIG_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     return notes
+
+
+def _fold_templates(directory: Path) -> None:
+    """Put chat templates that lie in a folder into the tokenizer's configuration.
+
+    transformers reads several templates from either place, and a bundle has no folders.
+    """
+    folder = directory / CHAT_TEMPLATE_DIR
+    if not folder.is_dir():
+        return
+    default = directory / CHAT_TEMPLATE_FILE
+    places = {"default": default} if default.is_file() else {}
+    places |= {path.stem: path for path in sorted(folder.iterdir())}
+    path = directory / TOKENIZER_CONFIG_FILE
+    config = read_json_object(path)
+    config["chat_template"] = [
+        {"name": name, "template": place.read_text(encoding="utf-8")}
+        for name, place in places.items()
+    ]
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    # It would come before the configuration, alone
+    default.unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def copy_companions(bundle: Bundle, target: Path) -> None:

@@ -21,11 +21,15 @@ from echoatt_exporter.share.model_directory import CONFIG
 from echoatt_exporter.share.quiet import quiet_transformers
 from echoatt_exporter.share.unfit_checkpoints import short
 from echoatt_exporter.share.weight_files import read_json_object
-from echoatt_runtime.text import TOKENIZER_FILE, TextTokenizer
+from echoatt_runtime.text import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TextTokenizer,
+)
 
-_CHAT_TEMPLATE = "chat_template.jinja"
-_EOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_EOS_FILES = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json")
+_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "tokenizer.model", "vocab.json")
 # Where ways to split a text part: digits, blank lines, indents, contractions, scripts, white space
 _SAMPLES = (
     "In 2024, 12345 of 650841823 were 3.14159 or 007.",
@@ -124,7 +128,7 @@ def save_tokenizer(
         # This class keeps to tokenizer.json, and saves what other files say of it in one form
         plain = rebuilt if type(rebuilt) is PreTrainedTokenizerFast else _plain(source)
         plain.save_pretrained(directory)
-        for name in (TOKENIZER_FILE, _CHAT_TEMPLATE):
+        for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
         return [] if rebuilt is None else _differences(source, own, rebuilt)

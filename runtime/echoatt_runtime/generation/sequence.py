@@ -130,12 +130,10 @@ class TokenSequence:
             reason = "stop"
         elif self.length == self.limit:
             reason = "length"
-        text = ""
-        if self._detokenizer is not None:
-            # An end token is no text, even one that the tokenizer does not call special.
-            text = "" if reason == "stop" else self._detokenizer.add(token)
-            if reason is not None:
-                text += self._detokenizer.finish()
+        try:
+            text = self._text_of(token, reason)
+        except EchoAttError as error:
+            return self.fail(error)
         text = self._matcher.add(text)
         if self._matcher.found:
             reason = "stop"
@@ -144,6 +142,14 @@ class TokenSequence:
         if reason is None and (not text and self._detokenizer is not None):
             return None
         return self._give(text, reason, now)
+
+    def _text_of(self, token: int, reason: FinishReason | None) -> str:
+        """What the newest token makes certain; where it is the last, all that is left too."""
+        if self._detokenizer is None:
+            return ""
+        # An end token is no text, even one that the tokenizer does not call special.
+        text = "" if reason == "stop" else self._detokenizer.add(token)
+        return text if reason is None else text + self._detokenizer.finish()
 
     def _give(
         self,

@@ -2,8 +2,9 @@
 
 import pytest
 from tests.runtime.conftest import byte_fallback_tokenizer
+from tokenizers import decoders
 
-from echoatt_runtime import SamplingParams
+from echoatt_runtime import DamagedBundleError, SamplingParams
 from echoatt_runtime.generation import TokenSequence
 from echoatt_runtime.text import TextTokenizer
 
@@ -56,3 +57,21 @@ def test_a_character_cut_short_is_shown_at_the_end(pieces):
     shown, result = pieces(tokens_of("世")[:2], max_new_tokens=2, stop=["世"])
     assert shown == [None, "\N{REPLACEMENT CHARACTER}"]
     assert result.finish_reason == "length"
+
+
+def test_a_tokenizer_that_fails_on_its_tokens_ends_it_alone(make_specification):
+    tokenizer = byte_fallback_tokenizer()
+    # Takes more off the end of some tokens than there is
+    tokenizer.decoder = decoders.Strip("b", 0, 9)
+    sequence = TokenSequence(
+        [tokenizer.token_to_id("▁a")],
+        SamplingParams(),
+        make_specification(vocab_size=tokenizer.get_vocab_size()),
+        TextTokenizer(tokenizer, {}, None),
+    )
+    token = tokenizer.token_to_id("b")
+    piece = sequence.take_choice(token, finite=True)
+    assert piece.finish_reason == "error"
+    assert sequence.result.token_ids == (token,)
+    with pytest.raises(DamagedBundleError, match="cannot make text of tokens"):
+        raise sequence.result.error
