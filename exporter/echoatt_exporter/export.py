@@ -224,7 +224,9 @@ def _specification(
         plan=outline.plan,
         dtype=dtype,
         device=device,
-        caches=lay_out_caches(outline.plan, fields["kv_heads"], fields["head_dims"], compute),
+        caches=lay_out_caches(
+            outline.plan, fields["kv_heads"], fields["head_dims"], compute, device
+        ),
         source_checkpoint=SourceCheckpoint(
             name=outline.directory.resolve().name, sha256=checkpoint_digest(outline.directory)
         ),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from echoatt_exporter.graph.lowering.rotate_together import RotateTogether
+from echoatt_exporter.graph.lowering.cpu.rotate_together import RotateTogether
 
 RNG = np.random.default_rng(31)
 WEIGHTS = {

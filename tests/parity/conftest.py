@@ -46,12 +46,13 @@ def specify(student: EchoAttForCausalLM, dtype: str = "fp32") -> Specification:
 
     fields = specification_fields(architecture_of(student.config.get_text_config()))
     plan, compute = SharingPlan(tuple(student.sources)), DTYPES[dtype].compute.name
+    device = "cuda" if dtype in ("fp16", "bf16") else "cpu"
     return Specification(
         **fields,
         plan=plan,
         dtype=dtype,
-        device="cuda" if dtype in ("fp16", "bf16") else "cpu",
-        caches=lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], compute),
+        device=device,
+        caches=lay_out_caches(plan, fields["kv_heads"], fields["head_dims"], compute, device),
         bos_token_id=1,
         eos_token_ids=(2,),
         pad_token_id=None,

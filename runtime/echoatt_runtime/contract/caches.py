@@ -81,25 +81,29 @@ def lay_out_caches(
     kv_heads: Sequence[int],
     head_dims: Sequence[int],
     element_type: str,
+    device: str = "cpu",
 ) -> tuple[CacheSpec, ...]:
     """The caches of a decoder, in the graph's order: by layer a source's keys, then the values.
 
-    Keys lie [batch, heads, capacity, head size] and values [batch, heads, head size, capacity]:
-    a token's context is then a product in which the cache is the left operand, which a CPU
-    multiplies without copying it.
+    Keys lie [batch, heads, capacity, head size]. Values for a CPU lie [batch, heads, head size,
+    capacity]: a token's context is then a product in which the cache is the left operand, which a
+    CPU multiplies without copying it. For CUDA they lie as keys do, which its fused kernels ask
+    for, and a new token's are one run of memory.
 
     Args:
         plan: Followers have no keys.
         kv_heads: Key/value heads of each layer.
         head_dims: Size of a head in each layer.
         element_type: Of every cache.
+        device: What the graph is lowered for.
     """
     caches = []
     for layer, (heads, size) in enumerate(zip(kv_heads, head_dims, strict=True)):
         axes: dict[CacheKind, tuple[str | int, ...]] = {}
         if not plan.is_follower(layer):
             axes["key"] = (BATCH, heads, CAPACITY, size)
-        axes["value"] = (BATCH, heads, size, CAPACITY)
+        is_turned = device == "cpu"
+        axes["value"] = (BATCH, heads, *((size, CAPACITY) if is_turned else (CAPACITY, size)))
         caches += [
             CacheSpec(
                 name=f"{layer}.{kind}",

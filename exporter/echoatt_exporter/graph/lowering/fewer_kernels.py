@@ -7,7 +7,6 @@ from echoatt_exporter.graph.lowering.gather_early import GatherEarly
 from echoatt_exporter.graph.lowering.pack_projections import PackProjections
 from echoatt_exporter.graph.lowering.quantize_table import QuantizeTable
 from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
-from echoatt_exporter.graph.lowering.rotate_together import RotateTogether
 from echoatt_exporter.graph.lowering.share_tied_table import ShareTiedTable
 from echoatt_exporter.graph.run import PassStep
 from echoatt_runtime.contract import Specification
@@ -37,10 +36,6 @@ def fewer_kernels(specification: Specification) -> list[PassStep]:
         PassStep(
             transform=PackProjections(),
             why="on what is left of the projections, fused norms and rotations around them",
-        ),
-        PassStep(
-            transform=RotateTogether(),
-            why="after packing, of whose parts it makes one",
         ),
         *stored,
         PassStep(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from echoatt_exporter.graph.branches import DECODE, PREFILL, branch
+from echoatt_exporter.graph.branches import DECODE, PREFILL, add_condition, split_by_tokens
 from echoatt_exporter.graph.copy_nodes import copy_nodes
 from echoatt_exporter.graph.graph_pass import RewritePass
 from echoatt_exporter.graph.matching import (
@@ -19,15 +19,12 @@ from echoatt_exporter.graph.matching import (
     new_node,
     only_reader,
     only_used_by,
-    remove_dead,
-    replace,
     scalar,
     shape_of,
     static_dim,
 )
 from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.weights import add_constant
-from echoatt_runtime.contract import INPUT_IDS
 
 _DOMAIN = "com.microsoft"
 _OPSET = 1
@@ -133,35 +130,10 @@ class SplitDecode(RewritePass):
         last = result.producer()
         assert last is not None  # noqa: S101 - the rule has found it
         graph = graph_of(last)
-        split = new_node(
-            "If",
-            [self._condition(graph)],
-            {
-                "then_branch": ir.AttrGraph("then_branch", branch(one, f"{DECODE}{result.name}")),
-                "else_branch": ir.AttrGraph("else_branch", branch(many, f"{PREFILL}{result.name}")),
-            },
-            after=result,
-            suffix="split",
-        )
-        split.outputs[0].shape = shape
-        graph.insert_before(last, split)
-        replace(result, split.outputs[0])
-        remove_dead(graph, [result])
-        graph.opset_imports.setdefault(_DOMAIN, _OPSET)
-
-    def _condition(self, graph: ir.Graph) -> ir.Value:
-        """Whether the call has one new token, computed once for the graph."""
         if self._one_token is None:
-            tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
-            number = ir.node("Shape", [tokens], {"start": 1, "end": 2}, name="seq.number")
-            one = add_constant(graph, "seq.one", np.array([1], np.int64))
-            equal = ir.node("Equal", [number.outputs[0], one], name="seq.is_one")
-            for node, dtype in ((number, ir.DataType.INT64), (equal, ir.DataType.BOOL)):
-                node.outputs[0].name = node.name
-                node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), ir.Shape([1])
-            graph.insert_before(next(iter(graph)), [number, equal])
-            self._one_token = equal.outputs[0]
-        return self._one_token
+            self._one_token = add_condition(graph)
+        split_by_tokens(result, self._one_token, one, many, shape)
+        graph.opset_imports.setdefault(_DOMAIN, _OPSET)
 
 
 def _left_product(
