@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from echoatt_exporter.architecture import specification_fields
 from echoatt_exporter.bundle import (
@@ -43,7 +44,7 @@ from echoatt_exporter.share.outline import CheckpointOutline, read_outline
 from echoatt_exporter.share.special_tokens import special_tokens
 from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import Text
-from echoatt_exporter.trace.tracer import graph_dtype, trace_student
+from echoatt_exporter.trace.tracer import computed_in, graph_dtype, trace_student
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import (
     DEVICES,
@@ -195,6 +196,7 @@ def _load_and_trace(
         on_step("reference", 0, 1)
         reference = record_reference(student, specification, unrounded=unrounded, **texts)
     on_step("trace", 0, 1)
+    torch.nn.Module.to(student, computed_in(specification))
     model = trace_student(student, specification)
     del student
     gc.collect()
@@ -217,7 +219,7 @@ def _specification(
     outline: CheckpointOutline, tokens: dict[str, Any], *, dtype: str, device: str
 ) -> Specification:
     fields = specification_fields(outline.architecture)
-    compute = DTYPES[dtype].compute.name
+    compute = DTYPES[dtype].compute_on(device).name
     return Specification(
         **fields,
         **tokens,

@@ -6,20 +6,18 @@ anything.
 
 import ctypes
 import gc
-import os
-from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.cuda.watching import watch
 
 from echoatt_exporter import SharingPlan, export_bundle
 from echoatt_exporter.parity.instrumented import choose_device, context_name, open_bundle
 from echoatt_runtime import DeviceError, EchoModel, OutOfMemoryError, SamplingParams
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import INPUT_IDS, LOGITS_INDICES, PAST_LENGTHS
-from echoatt_runtime.executor import executor_of, open_executor
+from echoatt_runtime.executor import decoding, executor_of, open_executor
 from echoatt_runtime.executor.cuda_memory import CudaMemory
 from echoatt_runtime.generation import Batch, TokenSequence
 from echoatt_runtime.ort import (
@@ -35,27 +33,6 @@ from echoatt_runtime.ort import (
 CONTEXT = 600
 LOGITS_BYTES = 61 * 4
 STEP_INPUTS = (INPUT_IDS, PAST_LENGTHS, LOGITS_INDICES)
-LOG = Path(os.environ["CUDA_STUB_LOG"])
-
-
-class Seen:
-    """What was logged meanwhile: copies by direction, in bytes, and kinds of lines in order."""
-
-    def __init__(self, lines):
-        fields = [line.split("\t")[1:] for line in lines]
-        copies = [(field[1], int(field[2])) for field in fields if field[0] == "copy"]
-        self.to_device = [size for way, size in copies if way == "H2D"]
-        self.to_host = [size for way, size in copies if way == "D2H"]
-        self.on_device = [size for way, size in copies if way == "D2D"]
-        self.kinds = [field[0] for field in fields]
-
-
-@contextmanager
-def watch():
-    before = len(LOG.read_text().splitlines())
-    seen = []
-    yield seen
-    seen.append(Seen(LOG.read_text().splitlines()[before:]))
 
 
 @pytest.fixture(scope="module")
@@ -80,39 +57,23 @@ def read_inputs(monkeypatch):
     bind, run = Binding.bind_input, OrtSession.run
 
     def bind_input(self, name, device, elements, shape, address):
-        places[name] = device, tuple(shape), address
+        places[self, name] = device, tuple(shape), address
         bind(self, name, device, elements, shape, address)
 
-    def read(name):
-        device, shape, address = places.get(name, ("nowhere", (), 0))
+    def read(binding, name):
+        device, shape, address = places.get((binding, name), ("nowhere", (), 0))
         assert device == "cuda"
         assert address % 256 == 0
         length = int(np.prod(shape))
         return np.ctypeslib.as_array((ctypes.c_int64 * length).from_address(address)).reshape(shape)
 
-    def run_and_read(self, binding):
-        found.append([read(name).tolist() for name in STEP_INPUTS])
-        run(self, binding)
+    def run_and_read(self, binding, graph=None):
+        found.append([read(binding, name).tolist() for name in STEP_INPUTS])
+        run(self, binding, graph)
 
     monkeypatch.setattr(Binding, "bind_input", bind_input)
     monkeypatch.setattr(OrtSession, "run", run_and_read)
     return found
-
-
-def test_each_decode_step_reads_its_own_inputs(executor, read_inputs):
-    cache = executor.new_cache(3, 100)
-    for step in range(4):
-        token_ids, past_lengths = np.array([[7 + step], [50 - step]]), np.array([30 + step, 9])
-        with watch() as seen:
-            executor.choose(cache, token_ids, past_lengths, np.zeros((2, 1), np.int64), 1)
-        assert read_inputs[-1] == [token_ids.tolist(), past_lengths.tolist(), [[0], [0]]]
-        # One copy for all of them; the small ones are the graph's own
-        assert [size for size in seen[0].to_device if size > 64] == [3 * 256]
-        assert seen[0].to_host == [2 * LOGITS_BYTES]
-        # The copy has come before anything is launched, and everything has ended at the end
-        first = seen[0].kinds.index("kernel")
-        assert seen[0].kinds[:first][-2:] == ["copy", "wait"]
-        assert seen[0].kinds[-1] == "wait"
 
 
 def test_a_batch_keeps_its_caches_on_the_device(executor, read_inputs):
@@ -133,11 +94,34 @@ def test_a_batch_keeps_its_caches_on_the_device(executor, read_inputs):
     past = [lengths for _, lengths, _ in read_inputs]
     assert past[:3] == [[0, 0], [128], [256]]
     assert past[3:] == [[266, 20], [267, 21], *([at] for at in range(268, 275))]
-    lines = Counter(seen[0].to_host)
-    assert set(lines) == {LOGITS_BYTES, 2 * LOGITS_BYTES}
-    assert lines.total() == len(past)
+    # Logits of a prompt's end, then tokens and what tells that they mean something
+    chosen = [256 + 2 * 4] * 2 + [256 + 4] * 7
+    assert seen[0].to_host == [2 * LOGITS_BYTES, LOGITS_BYTES, LOGITS_BYTES, *chosen]
     chunk = 2 * 128 * 8
     assert max(seen[0].to_device) == chunk + 2 * 256
+
+
+def test_two_sessions_read_the_same_weights(bundle):
+    with watch() as seen:
+        open_executor(bundle, "cuda")
+    size = bundle.weights.stat().st_size
+    # Constants of shapes are each session's own
+    assert size <= sum(seen[0].to_device) < size + 4096
+
+
+def test_a_session_full_of_recordings_makes_room(bundle, monkeypatch):
+    monkeypatch.setattr(decoding, "_MOST_RECORDINGS", 2)
+    executor = open_executor(bundle, "cuda")
+    cache, first = executor.new_cache(3, 100), executor.decoding.session
+    sessions, replays = [], []
+    for rows in (1, 2, 3, 3, 1):
+        ones = np.ones((rows, 1), np.int64)
+        with watch() as seen:
+            executor.choose(cache, ones, np.arange(rows), np.zeros_like(ones))
+        sessions.append(executor.decoding.session is first)
+        replays.append("capture" not in seen[0].kinds)
+    assert sessions == [True, True, False, False, False]
+    assert replays == [False, False, False, True, False]
 
 
 def test_a_cache_moves_inside_the_device(executor):
@@ -233,7 +217,7 @@ def test_a_device_that_fails(bundle):
             memory.new(10)
         assert one_line(caught)
         with pytest.raises(DeviceError, match=r"cannot run .* on cuda .*CUDA failure") as caught:
-            open_executor(bundle, "cuda")
+            open_session(bundle.model, SessionOptions(device="cuda"))
         assert one_line(caught)
 
 

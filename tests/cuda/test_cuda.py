@@ -7,7 +7,7 @@ from echoatt_runtime import DeviceError
 from echoatt_runtime.executor.cuda_memory import CudaMemory
 from echoatt_runtime.ort import PROVIDERS, import_onnxruntime
 
-OVER_STAND_INS = "tests/cuda/over_stand_ins.py"
+OVER_STAND_INS = ("tests/cuda/over_stand_ins.py", "tests/cuda/decode_over_stand_ins.py")
 FOR_ANY_MEMORY = ("tests/runtime/cache/test_kv_cache.py", "tests/runtime/cache/test_memory.py")
 
 
@@ -15,7 +15,7 @@ def test_over_stand_ins(run_python, stand_ins, tmp_path):
     """Runs tests in a process where CUDA works, but for its kernels; see `over_stand_ins`."""
     done = run_python(
         *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-        *(*FOR_ANY_MEMORY, OVER_STAND_INS),
+        *(*FOR_ANY_MEMORY, *OVER_STAND_INS),
         env={
             "ECHOATT_TEST_DEVICE": "cuda",
             "LD_LIBRARY_PATH": f"{stand_ins}:{os.environ.get('LD_LIBRARY_PATH', '')}",

@@ -252,6 +252,14 @@ def tiny_graph(decoder: TinyDecoder) -> onnx.ModelProto:
         ),
         *cache_infos(specification.present_names),
     ]
+    if specification.choice_names:
+        choices, sums = specification.choice_names
+        add("ArgMax", "logits", to=choices, axis=-1, keepdims=0)
+        add("ReduceSum", "logits", constant([-1]), to=sums, keepdims=0)
+        outputs += [
+            helper.make_tensor_value_info(choices, TensorProto.INT64, ["batch", "n"]),
+            helper.make_tensor_value_info(sums, TensorProto.FLOAT, ["batch", "n"]),
+        ]
     return helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.initializers),
         opset_imports=[helper.make_opsetid("", 24)],

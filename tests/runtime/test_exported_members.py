@@ -44,11 +44,11 @@ PUBLIC_ROOMS = {
     "bundle": ("Bundle file_sha256 find_model read_manifest read_onnx_file"),
     "cache": ("BUCKET HostMemory KVCache Memory bucket_capacity"),
     "contract": (
-        "Bits BundleFile CAPABILITIES COMPANION CacheSpec DEVICES DTYPES Dtype ELEMENT_TYPES "
-        "ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS LOGITS_INDICES LayerKind "
-        "METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS Quantisation ROUNDINGS RoundingCost "
-        "SharingPlan SourceCheckpoint Specification Verification WEIGHTS head_order_fault "
-        "lay_out_caches"
+        "Bits BundleFile CAPABILITIES CHOICES COMPANION CacheSpec DEVICES DTYPES Dtype "
+        "ELEMENT_TYPES ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS "
+        "LOGITS_INDICES LOGIT_SUMS LayerKind METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS "
+        "Quantisation ROUNDINGS RoundingCost SharingPlan SourceCheckpoint Specification "
+        "Verification WEIGHTS head_order_fault lay_out_caches"
     ),
     "executor": (
         "Choice Executor Integers Logits PREFILL_CHUNK TextLogits executor_of open_executor "
@@ -57,8 +57,8 @@ PUBLIC_ROOMS = {
     "generation": ("Batch TokenSequence check_token_ids generate"),
     "measures": ("kl_divergence log_probabilities log_softmax perplexity same_top_token spread"),
     "ort": (
-        "Binding OrtSession PROVIDERS SessionOptions SharedWeights TensorInfo cuda_library "
-        "has_cuda import_onnxruntime open_session"
+        "Binding LentTensor LentWeights OrtSession PROVIDERS SessionOptions SharedWeights "
+        "TensorInfo cuda_library has_cuda import_onnxruntime open_session"
     ),
     "text": (
         "CHAT_TEMPLATE_FILE Detokenizer Message StopMatcher TOKENIZER_CONFIG_FILE "

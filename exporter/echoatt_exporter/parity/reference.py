@@ -150,8 +150,8 @@ def record_reference(
 def _tolerance(specification: Specification) -> Tolerance:
     dtype = specification.dtype
     if specification.weight_dtype.bits is not None:
-        # Rounded weights on both sides are multiplied by in float32
-        dtype = "fp32"
+        # Rounded weights on both sides are multiplied by in what the graph computes in
+        dtype = "fp16" if specification.compute.bytes < 4 else "fp32"
     elif needs_float32(specification, choose_device(specification)):
         dtype += " computed in float32"
     return TOLERANCES[dtype]

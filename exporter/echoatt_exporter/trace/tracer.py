@@ -38,6 +38,12 @@ def graph_dtype(dtype: str) -> torch.dtype:
     return found
 
 
+def computed_in(specification: Specification) -> torch.dtype:
+    """What a bundle's graph computes in, and what is traced."""
+    found: torch.dtype = getattr(torch, specification.compute.name)
+    return found
+
+
 # Sizes of the example that is traced. No two may be equal: torch gives equal sizes one symbol.
 _EXAMPLE = {"batch": 2, "seq": 3, "n": 5, "capacity": 16}
 

@@ -58,8 +58,8 @@ class Memory(Protocol):
     def clear(self, start: int, nbytes: int) -> None:
         """Set bytes to zero."""
 
-    def read(self) -> Bytes:
-        """The bytes on the host: the memory itself on a CPU, else a copy."""
+    def read(self, nbytes: int | None = None) -> Bytes:
+        """The first bytes, or all, on the host: the memory itself on a CPU, else a copy."""
 
     def write(self, start: int, data: Bytes) -> None:
         """Put bytes of the host in."""
@@ -109,9 +109,9 @@ class HostMemory:
         """See `Memory`."""
         self._bytes[start : start + nbytes] = 0
 
-    def read(self) -> Bytes:
+    def read(self, nbytes: int | None = None) -> Bytes:
         """See `Memory`."""
-        return self._bytes
+        return self._bytes[:nbytes]
 
     def write(self, start: int, data: Bytes) -> None:
         """See `Memory`."""

@@ -18,7 +18,9 @@ from echoatt_runtime.contract.manifest import (
     Verification,
 )
 from echoatt_runtime.contract.names import (
+    CHOICES,
     INPUT_IDS,
+    LOGIT_SUMS,
     LOGITS,
     LOGITS_INDICES,
     METADATA_KEY,
@@ -37,6 +39,7 @@ from echoatt_runtime.contract.specification import (
 
 __all__ = [
     "CAPABILITIES",
+    "CHOICES",
     "COMPANION",
     "DEVICES",
     "DTYPES",
@@ -47,6 +50,7 @@ __all__ = [
     "LAYER_KINDS",
     "LOGITS",
     "LOGITS_INDICES",
+    "LOGIT_SUMS",
     "METADATA_KEY",
     "MODEL_FILE",
     "PAST_LENGTHS",

@@ -58,13 +58,22 @@ class Dtype:
 
     Attributes:
         name: "fp32", "fp16", "bf16", "int8" or "int4".
-        compute: Element type of activations and caches.
+        compute: Element type of activations and caches on a CPU.
         bits: Bits of a weight where weights are quantised in blocks; None where they are not.
     """
 
     name: str
     compute: ElementType
     bits: Literal[4, 8] | None
+
+    def compute_on(self, device: str) -> ElementType:
+        """Element type of activations and caches in a bundle for a device.
+
+        CUDA has fast products with quantised weights for 16-bit activations only.
+        """
+        if device == "cuda" and self.bits is not None:
+            return ELEMENT_TYPES["float16"]
+        return self.compute
 
 
 DTYPES: Final[Mapping[str, Dtype]] = MappingProxyType(

@@ -8,9 +8,11 @@ from typing import Any, Final, Literal
 
 from echoatt_runtime.contract import records
 from echoatt_runtime.contract.caches import CacheSpec, cache_faults
-from echoatt_runtime.contract.element_types import DTYPES, Dtype
+from echoatt_runtime.contract.element_types import DTYPES, Dtype, ElementType
 from echoatt_runtime.contract.names import (
+    CHOICES,
     INPUT_IDS,
+    LOGIT_SUMS,
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
@@ -111,6 +113,11 @@ class Specification:
         return DTYPES[self.dtype]
 
     @property
+    def compute(self) -> ElementType:
+        """Element type of what the graph computes."""
+        return self.weight_dtype.compute_on(self.device)
+
+    @property
     def past_names(self) -> tuple[str, ...]:
         """Names of the cache inputs, in graph order."""
         return tuple(cache.past_name for cache in self.caches)
@@ -127,8 +134,17 @@ class Specification:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of all graph outputs, in order."""
+        """Names of the graph outputs that every lowering has, in order."""
         return (LOGITS, *self.present_names)
+
+    @property
+    def choice_names(self) -> tuple[str, ...]:
+        """Names of the outputs behind them by which a graph chooses tokens on its device.
+
+        They are the most probable token at each wanted position, int64 [batch, n], and the sum of
+        its logits, float32 [batch, n], which is finite where all of them are.
+        """
+        return (CHOICES, LOGIT_SUMS) if self.device == "cuda" else ()
 
     @property
     def cache_bytes_per_token(self) -> int:

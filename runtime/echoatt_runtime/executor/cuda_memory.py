@@ -106,9 +106,9 @@ class CudaMemory:
         if nbytes:
             self._call("cudaMemsetAsync", self.address + start, 0, nbytes)
 
-    def read(self) -> Bytes:
+    def read(self, nbytes: int | None = None) -> Bytes:
         """See `Memory`."""
-        host = np.empty(self.nbytes, np.uint8)
+        host = np.empty(self.nbytes if nbytes is None else nbytes, np.uint8)
         self._copy(host.ctypes.data, self.address, host.size, _DEVICE_TO_HOST)
         return host
 

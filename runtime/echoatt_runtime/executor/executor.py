@@ -16,8 +16,10 @@ import numpy.typing as npt
 from echoatt_runtime.cache import KVCache, Memory, bucket_capacity
 from echoatt_runtime.contract import Specification
 from echoatt_runtime.errors import ContextOverflowError
+from echoatt_runtime.executor.bind_caches import bind_caches
+from echoatt_runtime.executor.decoding import Decoding
 from echoatt_runtime.executor.interface import check_interface
-from echoatt_runtime.executor.step_arrays import Integers, Logits, StepArrays
+from echoatt_runtime.executor.step_arrays import Integers, Logits, StepArrays, StepRoom
 from echoatt_runtime.ort import Binding, OrtSession
 
 
@@ -50,6 +52,7 @@ class Executor:
     Attributes:
         specification: What the graph computes.
         session: The graph, for what it took and for profiles.
+        decoding: What runs single tokens; None where the session does.
         extra: By name the extra outputs of the last run, as they came.
     """
 
@@ -59,6 +62,7 @@ class Executor:
         specification: Specification,
         memory: Memory,
         extra_outputs: Sequence[str] = (),
+        decoding: Decoding | None = None,
     ) -> None:
         """Take a graph.
 
@@ -67,6 +71,7 @@ class Executor:
             specification: What it computes.
             memory: Any memory of the session's device.
             extra_outputs: Outputs behind those of the contract, which are given out too.
+            decoding: What runs single tokens in place of the session.
 
         Raises:
             DamagedBundleError: The graph is not as specified.
@@ -77,6 +82,7 @@ class Executor:
         self.extra: dict[str, npt.NDArray[Any]] = {}
         self._extra_outputs = tuple(extra_outputs)
         self._memory = memory
+        self.decoding = decoding
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
 
     @property
@@ -108,6 +114,7 @@ class Executor:
         past_lengths: Integers,
         logits_indices: Integers,
         first_slot: int = 0,
+        free_behind: int = 0,
     ) -> Logits:
         """Run new tokens through the model and write them into the cache.
 
@@ -120,6 +127,7 @@ class Executor:
             past_lengths: Valid tokens of each row before these, [B].
             logits_indices: Positions among the new tokens whose logits are wanted, [B, n].
             first_slot: The slot of the first row; the others follow.
+            free_behind: Slots behind the last row's that hold nothing, and may be written into.
 
         Returns:
             The logits, [B, n, V], float32, in memory of their own.
@@ -130,8 +138,11 @@ class Executor:
             DeviceError: The device failed.
             RunError: ONNX Runtime refuses the step.
         """
-        arrays, is_kept = self._step(cache, token_ids, past_lengths, logits_indices, first_slot)
-        return arrays.logits.copy() if is_kept else arrays.logits
+        arrays, is_kept = self._step(
+            cache, token_ids, past_lengths, logits_indices, first_slot, free_behind
+        )
+        logits = arrays.logits(len(token_ids))
+        return logits.copy() if is_kept and self.device == "cpu" else logits
 
     def choose(
         self,
@@ -140,6 +151,7 @@ class Executor:
         past_lengths: Integers,
         logits_indices: Integers,
         first_slot: int = 0,
+        free_behind: int = 0,
     ) -> Choice:
         """Run as `run` does, and choose the most probable token of each row.
 
@@ -149,9 +161,17 @@ class Executor:
             past_lengths: As in `run`.
             logits_indices: The position that is wanted of each row, [B, 1].
             first_slot: As in `run`.
+            free_behind: As in `run`.
         """
-        arrays, _ = self._step(cache, token_ids, past_lengths, logits_indices, first_slot)
-        logits_BV = arrays.logits[:, 0]
+        arrays, _ = self._step(
+            cache, token_ids, past_lengths, logits_indices, first_slot, free_behind
+        )
+        if self.specification.choice_names:
+            chosen, sums = arrays.choices(len(token_ids))
+            if np.isfinite(sums).all():
+                return Choice(chosen[:, 0], np.ones(len(chosen), np.bool_))
+        # Also where a logit is none, to see whose
+        logits_BV = arrays.logits(len(token_ids))[:, 0]
         # NaN is the largest of all to argmax
         chosen = logits_BV.argmax(axis=1)
         finite = np.isfinite(logits_BV[np.arange(len(chosen)), chosen])
@@ -164,6 +184,7 @@ class Executor:
         past_lengths: Integers,
         logits_indices: Integers,
         first_slot: int,
+        free_behind: int,
     ) -> tuple[StepArrays, bool]:
         """Run; gives the arrays, and whether the next call uses them again."""
         B, S = token_ids.shape
@@ -173,11 +194,13 @@ class Executor:
                 f"{B} rows of {needed} tokens from slot {first_slot} do not fit a cache of"
                 f" {cache.slots} slots of {cache.capacity}; call its reserve first"
             )
+        if self.decoding is not None and S == logits_indices.shape[1] == 1:
+            return self.decoding.step(cache, token_ids, past_lengths, first_slot, free_behind), True
         bound = self._bind(cache, first_slot, B)
         arrays, shape = bound.arrays, (B, S, logits_indices.shape[1])
         if arrays is None or arrays.shape != shape:
-            vocab_size = self.specification.vocab_size
-            arrays = StepArrays(bound.binding, self.device, self._memory, shape, vocab_size)
+            room = StepRoom.of(self._memory, shape, self.specification)
+            arrays = StepArrays(bound.binding, self.device, room, shape, self.specification)
         # Only decoding comes back with the same shapes, and its logits are small to copy
         bound.arrays = arrays if S == 1 else None
         arrays.fill(token_ids, past_lengths, logits_indices)
@@ -195,15 +218,6 @@ class Executor:
             bound = self._bound[cache] = _Bound(self.session.new_binding())
         rows = first_slot, count
         if (bound.layout, bound.rows) != (cache.layout, rows):
-            for index, spec in enumerate(cache.specs):
-                place = (
-                    self.device,
-                    spec.elements,
-                    spec.shape(count, cache.capacity),
-                    cache.address(index, first_slot),
-                )
-                # One buffer for both, which the graph updates in place
-                bound.binding.bind_input(spec.past_name, *place)
-                bound.binding.bind_output(spec.present_name, *place)
+            bind_caches(bound.binding, self.device, cache, first_slot, count)
             bound.layout, bound.rows = cache.layout, rows
         return bound

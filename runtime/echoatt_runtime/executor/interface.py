@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from echoatt_runtime.contract import (
+    CHOICES,
     ELEMENT_TYPES,
     INPUT_IDS,
+    LOGIT_SUMS,
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
@@ -48,6 +50,8 @@ def check_interface(
         (LOGITS, floats, (None, None, specification.vocab_size)),
         *((f"present.{name}", tensor, dims) for name, tensor, dims in caches),
     ]
+    if specification.choice_names:
+        outputs += [(CHOICES, integers, (None, None)), (LOGIT_SUMS, floats, (None, None))]
     found = session.outputs[: len(session.outputs) - len(extra_outputs)]
     faults = [*_faults("input", inputs, session.inputs), *_faults("output", outputs, found)]
     if faults:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.cache import HostMemory, Memory
 from echoatt_runtime.contract import DEVICES, Specification
 from echoatt_runtime.errors import DamagedBundleError, DeviceError
 from echoatt_runtime.executor.cuda_memory import CudaMemory
+from echoatt_runtime.executor.decoding import Decoding
+from echoatt_runtime.executor.device_weights import put_on_device
 from echoatt_runtime.executor.executor import Executor
 from echoatt_runtime.huge_pages import merge_pages_since, private_memory
 from echoatt_runtime.ort import OrtSession, SessionOptions, open_session
+
+# The contract's names of dimensions, where a call has one new token a row
+_ONE_TOKEN: Final = {"seq": 1, "n": 1}
 
 
 def open_executor(
@@ -44,17 +51,22 @@ def open_executor(
         bundle = Bundle.open(bundle)
     _check_device(bundle, device, foreign=foreign)
     before = private_memory() if device == "cpu" else None
-    options = SessionOptions(device=device, threads=threads, profile=profile)
+    lent = put_on_device(bundle) if device == "cuda" else None
+    options = SessionOptions(device=device, threads=threads, profile=profile, lent=lent)
     session = open_session(bundle.model, options)
+    decoding = _open_decoding(bundle, options) if device == "cuda" else None
     if not bundle.is_unchanged():
         raise DamagedBundleError(f"{bundle.model} was replaced while it was opened; open it again")
     if before is not None:
         merge_pages_since(before)
-    return executor_of(session, bundle.specification)
+    return executor_of(session, bundle.specification, decoding=decoding)
 
 
 def executor_of(
-    session: OrtSession, specification: Specification, extra_outputs: Sequence[str] = ()
+    session: OrtSession,
+    specification: Specification,
+    extra_outputs: Sequence[str] = (),
+    decoding: Decoding | None = None,
 ) -> Executor:
     """An executor of a session that is there already.
 
@@ -62,13 +74,29 @@ def executor_of(
         session: The graph.
         specification: What it computes.
         extra_outputs: As in `Executor`.
+        decoding: As in `Executor`.
 
     Raises:
         DamagedBundleError: The graph is not as specified.
         DeviceError: The device's own library did not load.
     """
     memory: Memory = HostMemory(0) if session.device == "cpu" else CudaMemory(0)
-    return Executor(session, specification, memory, extra_outputs)
+    return Executor(session, specification, memory, extra_outputs, decoding)
+
+
+def _open_decoding(bundle: Bundle, options: SessionOptions) -> Decoding:
+    """What runs single tokens on a CUDA device; `options` are those of the other session."""
+    profile = options.profile
+    if profile is not None:
+        profile = profile.with_name(f"{profile.name}.decoding")
+    own = dataclasses.replace(options, profile=profile, sizes=_ONE_TOKEN, capture=True)
+
+    def open_own() -> OrtSession:
+        if not bundle.is_unchanged():
+            raise DamagedBundleError(f"{bundle.model} was replaced while in use; load it again")
+        return open_session(bundle.model, own)
+
+    return Decoding(open_own, bundle.specification, CudaMemory(0))
 
 
 def _check_device(bundle: Bundle, device: str, *, foreign: bool) -> None:

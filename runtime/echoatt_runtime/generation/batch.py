@@ -113,7 +113,8 @@ class Batch:
         token_ids = np.array([[row.last_token] for row in self.rows], np.int64)
         # The last token is the one to run: it has no place in the cache yet.
         past_lengths = np.array(lengths, np.int64)
-        arguments = self.cache, token_ids, past_lengths, np.zeros_like(token_ids)
+        free = self.cache.slots - len(self.rows)
+        arguments = self.cache, token_ids, past_lengths, np.zeros_like(token_ids), 0, free
         if all(row.params.is_greedy for row in self.rows):
             choice = self._executor.choose(*arguments)
             taken = zip(choice.token_ids.tolist(), choice.finite.tolist(), strict=True)

@@ -5,6 +5,7 @@ raises, when a session is made and when it runs, becomes an `EchoAttError` here.
 """
 
 from echoatt_runtime.ort.binding import Binding
+from echoatt_runtime.ort.lent_tensor import LentTensor, LentWeights
 from echoatt_runtime.ort.library import PROVIDERS, cuda_library, has_cuda, import_onnxruntime
 from echoatt_runtime.ort.session import (
     OrtSession,
@@ -17,6 +18,8 @@ from echoatt_runtime.ort.session import (
 __all__ = [
     "PROVIDERS",
     "Binding",
+    "LentTensor",
+    "LentWeights",
     "OrtSession",
     "SessionOptions",
     "SharedWeights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -15,6 +15,7 @@ from echoatt_runtime.contract import DEVICES, ElementType
 from echoatt_runtime.errors import DeviceError, OptionError
 from echoatt_runtime.ort.binding import Binding
 from echoatt_runtime.ort.faults import loading, run_error
+from echoatt_runtime.ort.lent_tensor import LentWeights, lend
 from echoatt_runtime.ort.library import PROVIDERS, import_onnxruntime, load_cuda
 from echoatt_runtime.plain_values import as_integer
 
@@ -22,6 +23,10 @@ from echoatt_runtime.plain_values import as_integer
 _MOST_THREADS: Final = 65536
 _WARNINGS: Final = 2
 _ERRORS_ONLY: Final = 3
+# It fuses a mask and a Softmax whose sizes are known into what cuDNN computes behind 1,024 tokens
+_NOT_FOR_CUDA: Final = ["BiasSoftmaxFusion"]
+_GRAPH: Final = "gpu_graph_id"
+_NO_GRAPH: Final = "-1"
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 
@@ -52,6 +57,9 @@ class SessionOptions:
         warn: Whether ONNX Runtime writes warnings to standard error, and not errors alone.
         weights_folder: Where a model given as bytes has its weight file.
         weights: Weights that take the place of those in the file.
+        lent: Weights on a CUDA device that do.
+        sizes: Dimensions that the graph names, where a session is for one size only.
+        capture: Whether runs on a CUDA device are captured as CUDA graphs, each by its number.
         libraries: Custom operators, as shared libraries.
         profile: What the trace's file name begins with; None does not profile.
         provider_options: Of the device's execution provider, by name.
@@ -64,6 +72,9 @@ class SessionOptions:
     warn: bool = False
     weights_folder: Path | None = None
     weights: SharedWeights | None = None
+    lent: LentWeights | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    capture: bool = False
     libraries: Sequence[Path] = ()
     profile: Path | None = None
     provider_options: Mapping[str, str] | None = None
@@ -109,9 +120,11 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
         )
     ort = import_onnxruntime()
     provider = PROVIDERS[options.device]
-    providers: list[Any] = [(provider, dict(options.provider_options or {}))]
+    provider_options = dict(options.provider_options or {})
+    providers: list[Any] = [(provider, provider_options)]
     if options.device == "cuda":
         load_cuda(ort)
+        provider_options |= {"enable_cuda_graph": "1"} if options.capture else {}
         # Computations of shapes belong on the CPU, and are warned of where that is not named
         providers.append(PROVIDERS["cpu"])
     with loading(ort, where, options.device):
@@ -121,6 +134,7 @@ def open_session(model: Path | bytes, options: SessionOptions, where: str = "") 
             sess_options=settings,
             providers=providers,
             enable_fallback=0,
+            disabled_optimizers=_NOT_FOR_CUDA if options.device == "cuda" else None,
         )
         opened = OrtSession(session, options.device, where, kept)
     if provider not in session.get_providers():
@@ -153,7 +167,15 @@ def _settings(ort: ModuleType, options: SessionOptions) -> tuple[Any, list[Any]]
     if options.profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(options.profile)
-    kept = []
+    for name, size in options.sizes.items():
+        settings.add_free_dimension_override_by_name(name, size)
+    kept: list[Any] = []
+    if options.lent is not None:
+        kept.append(options.lent.owner)
+        for name, lent in options.lent.tensors.items():
+            value, own = lend(ort, lent)
+            settings.add_initializer(name, value)
+            kept += [value, own]
     if options.weights is not None:
         for name, tensor in options.weights.tensors.items():
             number = options.weights.types[name].onnx
@@ -188,8 +210,14 @@ class OrtSession:
         """What a run reads and writes, to be filled."""
         return Binding(self._session.io_binding())
 
-    def run(self, binding: Binding) -> None:
+    def run(self, binding: Binding, graph: int | None = None) -> None:
         """Run the graph.
+
+        Args:
+            binding: What to read and write.
+            graph: Number of the CUDA graph, where runs are captured: the first run of a number
+                records what its binding names, and later ones do that again, whatever is bound.
+                None is neither recorded nor looked for.
 
         Raises:
             OutOfMemoryError: There is no room for what the graph computes.
@@ -198,11 +226,18 @@ class OrtSession:
         """
         begin = time.perf_counter()
         try:
-            self._session.run_with_iobinding(binding.io_binding)
+            self._session.run_with_iobinding(binding.io_binding, self._run_options(graph))
         # ONNX Runtime raises many types, which share no base but Exception
         except Exception as error:
             raise run_error(error, self.where, self.device) from error
         self.run_seconds += time.perf_counter() - begin
+
+    def _run_options(self, graph: int | None) -> Any:
+        if self.device != "cuda":
+            return None
+        options = self._ort.RunOptions()
+        options.add_run_config_entry(_GRAPH, _NO_GRAPH if graph is None else str(graph))
+        return options
 
     def end_profiling(self) -> Path:
         """End the profiling that the options asked for; gives the trace's file."""

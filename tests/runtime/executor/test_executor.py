@@ -162,14 +162,25 @@ def test_the_most_probable_tokens(executor, decoder):
     assert choice.finite.tolist() == [True, True]
 
 
-def test_a_row_whose_logits_are_no_numbers_is_told_from_the_others(make_bundle, decoder):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_row_whose_logits_are_no_numbers_is_told_from_the_others(
+    make_bundle, make_specification, decoder, device
+):
+    """A graph for CUDA chooses itself."""
     embedding = decoder.weights["embedding"].copy()
     embedding[TOKENS[5]] = np.nan
-    executor = open_executor(make_bundle(weights={"embedding": embedding}))
+    bundle = make_bundle(make_specification(device=device), weights={"embedding": embedding})
+    executor = open_executor(bundle, foreign=True)
     cache = executor.new_cache(2, 16)
     rows = np.stack([TOKENS[:6], TOKENS[6:12]])
     choice = executor.choose(cache, rows, np.zeros(2, np.int64), np.array([[5], [4]]))
     assert choice.finite.tolist() == [False, True]
+    expected = [decoder.logits(rows[row])[4].argmax() for row in (0, 1)]
+    assert choice.token_ids[1] == expected[1]
+    cache = executor.new_cache(2, 16)
+    choice = executor.choose(cache, rows[:, :5], np.zeros(2, np.int64), np.array([[4], [4]]))
+    assert choice.token_ids.tolist() == expected
+    assert choice.finite.tolist() == [True, True]
 
 
 def test_caches_of_one_executor_are_independent(executor, decoder):

@@ -12,7 +12,9 @@ from echoatt_exporter.graph.graph_pass import GraphPass
 from echoatt_exporter.graph.properties import Property
 from echoatt_exporter.graph.roles import Kind, Role, Use, is_weight, role_of
 from echoatt_runtime.contract import (
+    CHOICES,
     INPUT_IDS,
+    LOGIT_SUMS,
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
@@ -84,11 +86,18 @@ def _interface_faults(graph: ir.Graph, specification: Specification) -> Iterator
     }
     outputs = {
         LOGITS: (ir.DataType.FLOAT, ("batch", "n", specification.vocab_size)),
+        CHOICES: (ir.DataType.INT64, ("batch", "n")),
+        LOGIT_SUMS: (ir.DataType.FLOAT, ("batch", "n")),
         **{f"present.{name}": value for name, value in caches.items()},
     }
     for kind, values, expected, order in (
         ("input", graph.inputs, inputs, specification.input_names),
-        ("output", graph.outputs, outputs, specification.output_names),
+        (
+            "output",
+            graph.outputs,
+            outputs,
+            (*specification.output_names, *specification.choice_names),
+        ),
     ):
         names = [str(value.name) for value in values]
         yield from _name_faults(kind, names, order)
