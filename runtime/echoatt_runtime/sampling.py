@@ -110,6 +110,13 @@ class SamplingParams:
         """Whether the most probable token is the one to take, as the model gives it."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
+    @property
+    def enough(self) -> int:
+        """How many of the most probable tokens it takes to choose among them; 0 stands for all."""
+        if self.repetition_penalty != 1:
+            return 0
+        return 1 if self.temperature == 0 else self.top_k
+
     def _check_number(
         self, name: str, wanted: str, in_range: Callable[[float], bool]
     ) -> Iterator[str]:
@@ -277,9 +284,22 @@ class Sampler:
             raise not_finite(len(token_ids))
         if params.repetition_penalty != 1:
             logits_V = apply_repetition_penalty(logits_V, token_ids, params.repetition_penalty)
-            largest = int(logits_V.argmax())
+        return self._choose(logits_V)
+
+    def among(self, token_ids: TokenIds, logits: Logits) -> int:
+        """Choose the next token among the most probable ones, as it would be among all.
+
+        Args:
+            token_ids: Tokens, in any order, `enough` of them and all that are as probable.
+            logits: Theirs, all of them numbers.
+        """
+        order = np.argsort(token_ids)
+        return int(token_ids[order][self._choose(logits[order])])
+
+    def _choose(self, logits_V: Logits) -> int:
+        params = self._params
         if params.temperature == 0:
-            return largest
+            return int(logits_V.argmax())
         logits_V = apply_temperature(logits_V, params.temperature)
         if params.top_k:
             logits_V = keep_top_k(logits_V, params.top_k)

@@ -146,3 +146,19 @@ def test_logits_that_are_asked_for_come_whole(bundle):
     assert logits.shape == (2, 1, 61)
     assert replays(seen[0])
     assert seen[0].to_host == [logits.nbytes]
+
+
+def test_only_the_most_probable_tokens_cross_for_sampling(bundle):
+    executor = open_executor(bundle, "cuda")
+    cache = executor.new_cache(3, 100)
+    tokens = np.ones((2, 1), np.int64)
+    for _ in range(2):
+        with watch() as seen:
+            top = executor.top(
+                cache, tokens, np.array([3, 4]), np.zeros_like(tokens), number=executor.most_top
+            )
+    # There are fewer tokens than it gives
+    assert top.token_ids.shape == top.logits.shape == (2, 61)
+    assert seen[0].kinds.count("replay") == 1
+    assert seen[0].to_device == [INPUT_BYTES]
+    assert seen[0].to_host == [256 + 2 * 4, 512 + 2 * 61 * 8]

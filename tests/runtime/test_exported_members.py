@@ -51,14 +51,15 @@ PUBLIC_ROOMS = {
         "Verification WEIGHTS head_order_fault lay_out_caches"
     ),
     "executor": (
-        "Choice Executor Integers Logits PREFILL_CHUNK TextLogits executor_of open_executor "
-        "run_texts slots_of"
+        "Choice Executor executor_of Integers Logits open_executor PREFILL_CHUNK run_texts "
+        "slots_of TextLogits TopLogits"
     ),
     "generation": ("Batch TokenSequence check_token_ids generate"),
     "measures": ("kl_divergence log_probabilities log_softmax perplexity same_top_token spread"),
     "ort": (
-        "Binding LentTensor LentWeights OrtSession PROVIDERS SessionOptions SharedWeights "
-        "TensorInfo cuda_library has_cuda import_onnxruntime open_session"
+        "Binding cuda_library has_cuda import_onnxruntime LentTensor LentWeights open_session "
+        "OrtSession PROVIDERS SessionOptions SharedWeights TensorInfo TOP_LOGITS TOP_LOGITS_INPUT "
+        "top_model TOP_TOKENS"
     ),
     "text": (
         "CHAT_TEMPLATE_FILE Detokenizer Message StopMatcher TOKENIZER_CONFIG_FILE "

@@ -244,6 +244,33 @@ def test_seeded_samplers_repeat_and_differ_by_seed():
     assert draws(None) != draws(None)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize("vocabulary", [70, 3000])
+def test_the_most_probable_tokens_are_chosen_among_as_all_are(filters, vocabulary):
+    generator = np.random.default_rng(vocabulary)
+    params = SamplingParams(temperature=0.9, top_k=40, seed=1, **filters)
+    whole, among = Sampler(params), Sampler(params)
+    for _ in range(50):
+        logits = generator.normal(0, 2, vocabulary).astype(np.float32)
+        # As a device gives them, with some more
+        top = np.argsort(-logits)[: params.enough + 5]
+        assert among.among(top, logits[top]) == whole(logits, np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "enough"),
+    [
+        ({}, 1),
+        ({"top_k": 7}, 1),
+        ({"temperature": 1, "top_k": 7}, 7),
+        ({"temperature": 1}, 0),
+        ({"repetition_penalty": 1.1}, 0),
+    ],
+)
+def test_how_many_tokens_are_enough(changes, enough):
+    assert SamplingParams(**changes).enough == enough
+
+
 def test_a_low_temperature_with_filters_draws_only_what_they_keep():
     logits = log_row(0.4, 0.3, 0.2, 0.1)
     context = np.array([0])

@@ -4,6 +4,7 @@ from echoatt_runtime.executor.executor import Choice, Executor
 from echoatt_runtime.executor.open import executor_of, open_executor
 from echoatt_runtime.executor.step_arrays import Integers, Logits
 from echoatt_runtime.executor.texts import PREFILL_CHUNK, TextLogits, run_texts, slots_of
+from echoatt_runtime.executor.top_rows import TopLogits
 
 __all__ = [
     "PREFILL_CHUNK",
@@ -12,6 +13,7 @@ __all__ = [
     "Integers",
     "Logits",
     "TextLogits",
+    "TopLogits",
     "executor_of",
     "open_executor",
     "run_texts",

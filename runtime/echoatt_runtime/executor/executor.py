@@ -20,6 +20,7 @@ from echoatt_runtime.executor.bind_caches import bind_caches
 from echoatt_runtime.executor.decoding import Decoding
 from echoatt_runtime.executor.interface import check_interface
 from echoatt_runtime.executor.step_arrays import Integers, Logits, StepArrays, StepRoom
+from echoatt_runtime.executor.top_rows import MOST_TOP, TopLogits, TopRows
 from echoatt_runtime.ort import Binding, OrtSession
 
 
@@ -83,6 +84,7 @@ class Executor:
         self._extra_outputs = tuple(extra_outputs)
         self._memory = memory
         self.decoding = decoding
+        self._top_rows: TopRows | None = None
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
 
     @property
@@ -176,6 +178,46 @@ class Executor:
         chosen = logits_BV.argmax(axis=1)
         finite = np.isfinite(logits_BV[np.arange(len(chosen)), chosen])
         return Choice(chosen, finite)
+
+    @property
+    def most_top(self) -> int:
+        """How many of the most probable tokens `top` gives; 0 where the logits are near enough."""
+        return MOST_TOP if self.device != "cpu" and self.specification.choice_names else 0
+
+    def top(
+        self,
+        cache: KVCache,
+        token_ids: Integers,
+        past_lengths: Integers,
+        logits_indices: Integers,
+        first_slot: int = 0,
+        free_behind: int = 0,
+        *,
+        number: int,
+    ) -> TopLogits | None:
+        """Run as `run` does, and give the most probable tokens of each row.
+
+        Args:
+            cache: As in `run`.
+            token_ids: As in `run`.
+            past_lengths: As in `run`.
+            logits_indices: The position that is wanted of each row, [B, 1].
+            first_slot: As in `run`.
+            free_behind: As in `run`.
+            number: How many of them, at most `most_top`.
+
+        Returns:
+            Them, with a few more; None where it takes the whole logits to tell, which `run` gives.
+        """
+        arrays, _ = self._step(
+            cache, token_ids, past_lengths, logits_indices, first_slot, free_behind
+        )
+        _, sums = arrays.choices(len(token_ids))
+        if not np.isfinite(sums).all():
+            return None
+        if self._top_rows is None:
+            self._top_rows = TopRows(self.device, self._memory, self.specification.vocab_size)
+        return self._top_rows.find(arrays.logits_address, len(token_ids), number)
 
     def _step(
         self,

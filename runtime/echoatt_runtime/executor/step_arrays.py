@@ -140,6 +140,11 @@ class StepArrays:
         data = self._room.logits.read(4 * rows * n * self._vocab_size)
         return data.view(np.float32).reshape(rows, n, self._vocab_size)
 
+    @property
+    def logits_address(self) -> int:
+        """Where the logits begin, for the device."""
+        return self._room.logits.address
+
     def choices(self, rows: int) -> tuple[Integers, Logits]:
         """The first rows' chosen tokens and sums of the last call, as copies, each [rows, n]."""
         B, _, n = self.shape

@@ -7,11 +7,19 @@ cache, so that a step is one call of the graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from echoatt_runtime.cache import KVCache
-from echoatt_runtime.executor import PREFILL_CHUNK, Executor, Logits, run_texts, slots_of
+from echoatt_runtime.executor import (
+    PREFILL_CHUNK,
+    Executor,
+    Logits,
+    TopLogits,
+    run_texts,
+    slots_of,
+)
 from echoatt_runtime.generation.sequence import TokenSequence
 from echoatt_runtime.results import TextPiece
 
@@ -119,6 +127,9 @@ class Batch:
             choice = self._executor.choose(*arguments)
             taken = zip(choice.token_ids.tolist(), choice.finite.tolist(), strict=True)
             pieces = [row.take_choice(*one) for row, one in zip(self.rows, taken, strict=True)]
+        elif (top := self._top(*arguments)) is not None:
+            taken_of = zip(self.rows, top.token_ids, top.logits, strict=True)
+            pieces = [row.take_top(tokens, logits) for row, tokens, logits in taken_of]
         else:
             logits_BV = self._executor.run(*arguments)[:, 0]
             pieces = [
@@ -130,6 +141,13 @@ class Batch:
         ]
         self._let_go()
         return shown
+
+    def _top(self, *arguments: Any) -> TopLogits | None:
+        """Of each row enough of the most probable tokens; None where they are not what to take."""
+        enough = [row.params.enough for row in self.rows]
+        if not 0 < min(enough) <= max(enough) <= self._executor.most_top:
+            return None
+        return self._executor.top(*arguments, number=max(enough))
 
     def leave(self, sequence: TokenSequence) -> None:
         """Let a row go before it has finished."""

@@ -104,6 +104,15 @@ class TokenSequence:
             return self.fail(error)
         return self._add(token)
 
+    def take_top(self, token_ids: npt.NDArray[np.int64], logits: Logits) -> TextPiece | None:
+        """Choose the next token where `params.enough` of the most probable ones are given.
+
+        Args:
+            token_ids: The tokens, and all that are as probable.
+            logits: Theirs.
+        """
+        return self._add(self._sampler.among(token_ids, logits))
+
     def take_choice(self, token_id: int, finite: bool) -> TextPiece | None:
         """Take the most probable token, where `params.is_greedy` asks for no other.
 

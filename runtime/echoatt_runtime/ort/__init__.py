@@ -14,9 +14,13 @@ from echoatt_runtime.ort.session import (
     TensorInfo,
     open_session,
 )
+from echoatt_runtime.ort.top_model import TOP_LOGITS, TOP_LOGITS_INPUT, TOP_TOKENS, top_model
 
 __all__ = [
     "PROVIDERS",
+    "TOP_LOGITS",
+    "TOP_LOGITS_INPUT",
+    "TOP_TOKENS",
     "Binding",
     "LentTensor",
     "LentWeights",
@@ -28,4 +32,5 @@ __all__ = [
     "has_cuda",
     "import_onnxruntime",
     "open_session",
+    "top_model",
 ]

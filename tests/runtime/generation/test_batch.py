@@ -47,6 +47,28 @@ def test_prefill_in_any_chunks_equals_the_whole_computation(executor, decoder, c
         assert sequence.last_token == decoder.logits(prompt)[-1].argmax()
 
 
+def test_rows_that_a_device_cuts_to_the_most_probable_tokens_draw_the_same(
+    make_bundle, make_specification, executor, monkeypatch
+):
+    device = open_executor(make_bundle(make_specification(device="cuda")), foreign=True)
+    monkeypatch.setattr(type(device), "most_top", 64)
+    cut = []
+    top = type(device).top
+    monkeypatch.setattr(
+        type(device), "top", lambda self, *a, **k: cut.append(top(self, *a, **k)) or cut[-1]
+    )
+    common = {"max_new_tokens": 12, "ignore_eos": True}
+    params = [
+        SamplingParams(temperature=1.2, seed=row, top_k=k, top_p=0.9, **common)
+        for row, k in enumerate((1, 20, 64))
+    ]
+    params += [SamplingParams(**common)]
+    found = tokens_of(device, PROMPTS[:4], params)
+    assert [top.token_ids.shape for top in cut] == [(4, 65)] * 11
+    monkeypatch.undo()
+    assert found == tokens_of(executor, PROMPTS[:4], params)
+
+
 def test_greedy_tokens_equal_the_whole_computation(executor, decoder):
     rows, _ = tokens_of(executor, [LONG_TAIL], SamplingParams(max_new_tokens=40, ignore_eos=True))
     assert rows[0] == decoder.greedy(LONG_TAIL, 40)
