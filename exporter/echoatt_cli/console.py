@@ -41,6 +41,7 @@ _STEPS = {
     "scale channels": "scaling channels",
     "widths": "choosing weights to widen",
     "round": "rounding the weights",
+    "range": "looking for what float16 cannot hold",
     "reference": "running PyTorch for the comparison",
     "trace": "tracing the graph",
     "passes": "rewriting the graph",

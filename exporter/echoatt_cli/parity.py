@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="length of the long case (default: the model's context length)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run the bundle (default: the device that it is for, or the CPU without it)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the checkpoint brings"
@@ -40,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         read_plan(arguments),
         max_context=arguments.max_context,
+        device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:

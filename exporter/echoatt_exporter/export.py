@@ -33,6 +33,7 @@ from echoatt_exporter.parity import (
     ParityReport,
     ReferenceRun,
     UnroundedRun,
+    check_float16_range,
     compare,
     record_reference,
     record_unrounded,
@@ -191,6 +192,9 @@ def _load_and_trace(
             trust_remote_code=trust_remote_code,
             on_part=on_step,
         )
+    if specification.compute.name == "float16":
+        on_step("range", 0, 1)
+        check_float16_range(student, specification, outline.directory)
     reference: ReferenceRun | None = None
     if verify:
         on_step("reference", 0, 1)

@@ -12,15 +12,23 @@ import numpy as np
 import pytest
 from tests.cuda.watching import watch
 
-from echoatt_exporter import SharingPlan, export_bundle
+from echoatt_exporter import SharingPlan, check_parity, export_bundle
 from echoatt_exporter.parity.instrumented import choose_device, context_name, open_bundle
 from echoatt_runtime import DeviceError, EchoModel, OutOfMemoryError, SamplingParams
 from echoatt_runtime.bundle import Bundle
 from echoatt_runtime.contract import INPUT_IDS, LOGITS_INDICES, PAST_LENGTHS
-from echoatt_runtime.executor import decoding, executor_of, open_executor
+from echoatt_runtime.executor import (
+    PREFILL_CHUNK,
+    cuda_memory,
+    decoding,
+    device_weights,
+    executor_of,
+    open_executor,
+)
 from echoatt_runtime.executor.cuda_memory import CudaMemory
 from echoatt_runtime.generation import Batch, TokenSequence
 from echoatt_runtime.ort import (
+    PROVIDERS,
     Binding,
     OrtSession,
     SessionOptions,
@@ -30,17 +38,22 @@ from echoatt_runtime.ort import (
     open_session,
 )
 
-CONTEXT = 600
+CONTEXT = 8300
 LOGITS_BYTES = 61 * 4
 STEP_INPUTS = (INPUT_IDS, PAST_LENGTHS, LOGITS_INDICES)
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_model, tmp_path_factory):
-    checkpoint, out = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("bundle")
+def checkpoint(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
     fields = {"num_hidden_layers": 2, "max_position_embeddings": CONTEXT}
-    tiny_model("llama", **fields).save_pretrained(checkpoint)
-    plan = SharingPlan((0, 0))
+    tiny_model("llama", **fields).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    out, plan = tmp_path_factory.mktemp("bundle"), SharingPlan((0, 0))
     options = {"dtype": "fp16", "device": "cuda", "verify": False}
     return Bundle.open(export_bundle(checkpoint, out / "model.onnx", plan, **options).model)
 
@@ -149,6 +162,25 @@ def test_logits_of_a_text_in_chunks(bundle, executor, read_inputs):
     assert sorted(size for size in seen[0].to_device if size > 256) == sorted(blocks)
 
 
+def test_a_long_prompt_takes_no_memory_for_all_its_pairs_of_tokens(executor):
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    tokens = (np.arange(8192) % 61).tolist()
+    before = free_bytes()
+    batch = Batch(executor, 1)
+    batch.join([TokenSequence(tokens, params, executor.specification, None)])
+    heads, half = 4, 2
+    assert before - free_bytes() < 8192 * 8192 * heads * half / 4
+    # Scores and probabilities of a chunk
+    assert before - free_bytes() > 2 * batch.cache.capacity * PREFILL_CHUNK * heads * half
+
+
+def test_a_comparison_with_pytorch_runs_on_the_device(checkpoint, bundle):
+    """Whether it passes is for a GPU to say."""
+    report = check_parity(checkpoint, bundle.model, max_context=300, device="cuda")
+    assert report.provider == PROVIDERS["cuda"]
+    assert {case.name for case in report.cases} >= {"prefill", "prefill by 1", "ragged batch"}
+
+
 def test_extra_outputs_come_to_the_host(bundle):
     executor = open_bundle(bundle, "cuda", contexts=True)
     assert executor.device == "cuda"
@@ -205,6 +237,25 @@ def test_an_allocation_that_fails(executor):
     assert one_line(caught)
     cache = executor.new_cache(1, 16)
     executor.run(cache, np.ones((1, 2), np.int64), np.zeros(1, np.int64), np.array([[1]]))
+
+
+def test_weights_that_do_not_fit(bundle, monkeypatch):
+    monkeypatch.setattr(device_weights, "CudaMemory", lambda _: CudaMemory(1 << 50))
+    with pytest.raises(
+        OutOfMemoryError, match=r"on cuda to load .*model.onnx, whose weights"
+    ) as caught:
+        open_executor(bundle, "cuda")
+    assert one_line(caught)
+
+
+def test_a_driver_that_is_too_old(bundle, monkeypatch):
+    """It is told before anything is read."""
+    monkeypatch.setattr(cuda_memory.runtime(), "cudaSetDevice", lambda _: 35)
+    with watch() as seen:
+        with pytest.raises(DeviceError, match=r"driver is absent or .* 35\); install") as caught:
+            open_executor(bundle, "cuda")
+        assert one_line(caught)
+    assert not {"kernel", "library", "copy", "alloc"} & set(seen[0].kinds)
 
 
 def test_a_device_that_fails(bundle):

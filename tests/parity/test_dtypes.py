@@ -15,6 +15,7 @@ import torch
 from tests.parity import mutants
 from tests.quantisation import to_nearest
 
+from echoatt_exporter.graph import export_pipeline, run_pipeline
 from echoatt_exporter.graph.canonical.assign_roles import AssignRoles
 from echoatt_exporter.graph.lowering.quantize_table import QuantizeTable
 from echoatt_exporter.graph.lowering.quantize_weights import QuantizeWeights
@@ -130,8 +131,15 @@ def half(request: Any, export: Any) -> Any:
     ])  # fmt: skip
 
 
+def _lowered(half: Any) -> ir.Model:
+    """The graph as it is for CUDA."""
+    model = ir.load(half.graph_file)
+    run_pipeline(model, export_pipeline(half.specification))
+    return model
+
+
 def test_a_16_bit_bundle_passes_on_the_cpu(half: Any, write: Any) -> None:
-    report = compare(half.reference, write(ir.load(half.graph_file), half.specification))
+    report = compare(half.reference, write(_lowered(half), half.specification))
 
     assert report.passed, report.to_dict()
     if half.specification.dtype == "bf16":
@@ -145,7 +153,7 @@ def test_a_16_bit_bundle_passes_on_the_cpu(half: Any, write: Any) -> None:
 
 
 def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
-    model = ir.load(half.graph_file)
+    model = _lowered(half)
     mutants.swap_probability_heads(model, 2)
 
     report = compare(half.reference, write(model, half.specification))
@@ -155,7 +163,7 @@ def test_a_fault_in_a_16_bit_bundle_fails(half: Any, write: Any) -> None:
 
 
 def test_a_16_bit_bundle_without_its_weights_is_damaged(half: Any, write: Any) -> None:
-    bundle = write(ir.load(half.graph_file), half.specification)
+    bundle = write(_lowered(half), half.specification)
     bundle.weights.unlink()
 
     with pytest.raises(DamagedBundleError):

@@ -3,6 +3,7 @@
 from echoatt_exporter.parity.cases import verified_context
 from echoatt_exporter.parity.check import assert_parity, check_parity
 from echoatt_exporter.parity.compare import compare
+from echoatt_exporter.parity.float16_range import check_float16_range
 from echoatt_exporter.parity.reference import (
     ReferenceRun,
     UnroundedRun,
@@ -21,6 +22,7 @@ __all__ = [
     "Tolerance",
     "UnroundedRun",
     "assert_parity",
+    "check_float16_range",
     "check_parity",
     "compare",
     "format_report",

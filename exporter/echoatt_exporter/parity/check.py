@@ -20,8 +20,9 @@ from echoatt_exporter.share.checkpoint import load_shared
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.trace.tracer import graph_dtype
 from echoatt_runtime.bundle import Bundle
-from echoatt_runtime.contract import SharingPlan, Specification
-from echoatt_runtime.errors import PlanError
+from echoatt_runtime.contract import DEVICES, SharingPlan, Specification
+from echoatt_runtime.errors import DeviceError, PlanError
+from echoatt_runtime.ort import cuda_library, has_cuda
 
 
 def check_parity(
@@ -30,6 +31,7 @@ def check_parity(
     plan: SharingPlan | str | None = None,
     *,
     max_context: int | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
     """Compare the model in a directory, run by PyTorch, with a bundle, run by ONNX Runtime.
@@ -41,6 +43,8 @@ def check_parity(
         bundle: The bundle's model file, or a directory with `model.onnx`.
         plan: The sharing plan, or its `follower:source` pairs; None takes the bundle's own.
         max_context: The most tokens of the long text; None goes up to the model's context length.
+        device: Where the bundle runs, "cpu" or "cuda"; None is its own device, or the CPU without a
+            GPU.
         trust_remote_code: Run code that the checkpoint brings.
 
     Returns:
@@ -48,8 +52,9 @@ def check_parity(
 
     Raises:
         EchoAttError: They could not be compared: no such model or bundle, another plan, another
-            shape.
+            shape, a device that does not work.
     """
+    _check_device(device)
     opened = Bundle.open(bundle)
     path, specification, own = opened.model, opened.specification, opened.specification.plan
     plan = own if plan is None else SharingPlan.of(plan, own.num_layers)
@@ -75,7 +80,9 @@ def check_parity(
     if specification.weight_dtype.bits is not None:
         unrounded = record_unrounded(student, specification, **texts)
         round_as_stored(student, opened)
-    reference = record_reference(student, specification, unrounded=unrounded, **texts)
+    reference = record_reference(
+        student, specification, unrounded=unrounded, device=device, **texts
+    )
     del student
     gc.collect()
     return compare(reference, opened)
@@ -87,6 +94,7 @@ def assert_parity(
     plan: SharingPlan | str | None = None,
     *,
     max_context: int | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Fail unless PyTorch and a bundle agree; for a test.
@@ -96,6 +104,7 @@ def assert_parity(
         bundle: The bundle.
         plan: The sharing plan.
         max_context: The most tokens of the long text.
+        device: Where the bundle runs.
         trust_remote_code: Run code that the checkpoint brings.
 
     Raises:
@@ -103,8 +112,25 @@ def assert_parity(
         EchoAttError: They could not be compared.
     """
     check_parity(
-        model_dir, bundle, plan, max_context=max_context, trust_remote_code=trust_remote_code
+        model_dir,
+        bundle,
+        plan,
+        max_context=max_context,
+        device=device,
+        trust_remote_code=trust_remote_code,
     ).raise_on_mismatch()
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a device that does not work, before PyTorch computes what it is compared with."""
+    if device not in (None, *DEVICES):
+        raise DeviceError(f"unknown device {device!r}; use one of {', '.join(DEVICES)}")
+    if device == "cuda" and not has_cuda():
+        # Says why, where it is the provider that does not load
+        cuda_library()
+        raise DeviceError(
+            "there is no GPU that CUDA can use; leave the device out to compare on the CPU"
+        )
 
 
 def _check_same_model(

@@ -13,7 +13,7 @@ import numpy as np
 from echoatt_exporter.errors import CheckpointError
 from echoatt_exporter.parity.cases import AnyCase
 from echoatt_exporter.parity.feeding import Texts, feed
-from echoatt_exporter.parity.instrumented import choose_device, describe, open_bundle
+from echoatt_exporter.parity.instrumented import describe, open_bundle
 from echoatt_exporter.parity.reference import ReferenceRun
 from echoatt_exporter.parity.report import CaseReport, Difference, ParityReport
 from echoatt_exporter.parity.statistics import Statistics
@@ -37,9 +37,9 @@ _SAME = (
 def compare(reference: ReferenceRun, bundle: Bundle) -> ParityReport:
     """Run the bundle on every case that PyTorch ran.
 
-    The bundle runs through the EchoAtt runtime on the device it was exported for, or on the CPU
-    where there is no GPU. A bf16 bundle, for which the CPU has no kernels, is then computed in
-    float32 from its bf16 weights, with a tolerance of its own.
+    The bundle runs through the EchoAtt runtime on the reference's device. On the CPU, which has no
+    kernels for it, a bf16 bundle is computed in float32 from its bf16 weights, with a tolerance of
+    its own.
 
     A bundle with quantised weights is judged by what it computes from them in float32, where the
     only difference is the graph's. As it is run otherwise, kernels round activations too, and it is
@@ -56,7 +56,7 @@ def compare(reference: ReferenceRun, bundle: Bundle) -> ParityReport:
     """
     specification = bundle.specification
     _check_same(reference.specification, specification, bundle.model)
-    device = choose_device(specification)
+    device = reference.device
     unrounded = _compare_unrounded(reference, bundle, device)
     typical = Typical.of(reference.yardsticks)
     executor = open_bundle(bundle, device, exact=_is_rounded(reference))

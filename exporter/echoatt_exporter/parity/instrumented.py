@@ -51,7 +51,7 @@ def open_bundle(
     Args:
         bundle: The bundle.
         device: `cpu` or `cuda`.
-        exact: Multiply by quantised weights in float32 instead of rounding activations too.
+        exact: Multiply by quantised weights as they are, where a CPU would round activations too.
         contexts: Give every layer's attention output out, see `context_name`.
 
     Raises:
@@ -69,7 +69,7 @@ def open_bundle(
         specification = dataclasses.replace(specification, dtype="fp32", caches=caches)
     if specification.dtype == "fp16" and device == "cpu":
         changes.append(_multiply_16_bit_weights_in_float32)
-    if exact:
+    if exact and device == "cpu":
         changes.append(_multiply_in_float32)
     if contexts:
         changes.append(_give_contexts)

@@ -75,6 +75,7 @@ class ReferenceRun:
         yardsticks: By text, what PyTorch lost in the bundle's precision.
         unrounded: What tells how much a quantised bundle differs from the checkpoint; None for
             other bundles.
+        device: Where the bundle shall run.
     """
 
     specification: Specification
@@ -83,6 +84,7 @@ class ReferenceRun:
     texts: tuple[ReferenceText, ...]
     yardsticks: tuple[Yardstick, ...]
     unrounded: UnroundedRun | None
+    device: str
 
 
 def record_unrounded(
@@ -116,6 +118,7 @@ def record_reference(
     tokenizer_dir: Path | None,
     max_context: int | None = None,
     unrounded: UnroundedRun | None = None,
+    device: str | None = None,
 ) -> ReferenceRun:
     """Run PyTorch on every text: in a precision that loses nothing, and in the bundle's own.
 
@@ -133,26 +136,30 @@ def record_reference(
             are random tokens.
         max_context: The most tokens of the long text; None goes up to the context length.
         unrounded: What it computed before its weights were rounded, to tell what that costs.
+        device: Where the bundle shall run; None is its own device, or the CPU without a GPU.
 
     Raises:
         NumericalError: PyTorch itself computes NaN or infinities.
         BundleError: The tokenizer's files are damaged.
     """
     script = write_script(specification, tokenizer_dir, max_context)
-    tolerance = _tolerance(specification)
+    device = device or choose_device(specification)
+    tolerance = _tolerance(specification, device)
     heads = max(specification.query_heads)
     texts = _run(student, heads, script.texts, Precision(tolerance.exact))
     _check_finite(texts, specification)
     yardsticks = _yardsticks(student, heads, texts, tolerance.rounded)
-    return ReferenceRun(specification, tolerance, script.cases, texts, yardsticks, unrounded)
+    return ReferenceRun(
+        specification, tolerance, script.cases, texts, yardsticks, unrounded, device
+    )
 
 
-def _tolerance(specification: Specification) -> Tolerance:
+def _tolerance(specification: Specification, device: str) -> Tolerance:
     dtype = specification.dtype
     if specification.weight_dtype.bits is not None:
         # Rounded weights on both sides are multiplied by in what the graph computes in
         dtype = "fp16" if specification.compute.bytes < 4 else "fp32"
-    elif needs_float32(specification, choose_device(specification)):
+    elif needs_float32(specification, device):
         dtype += " computed in float32"
     return TOLERANCES[dtype]
 

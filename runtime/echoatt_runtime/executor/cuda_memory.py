@@ -28,6 +28,8 @@ _DEVICE_TO_HOST: Final = 2
 _DEVICE_TO_DEVICE: Final = 3
 # cudaErrorMemoryAllocation
 _OUT_OF_MEMORY: Final = 2
+# cudaErrorInsufficientDriver
+_OLD_DRIVER: Final = 35
 # ONNX Runtime's default
 _DEVICE: Final = 0
 _DEFAULT_STREAM: Final = None
@@ -56,7 +58,7 @@ class CudaMemory:
 
     def __init__(self, nbytes: int) -> None:
         self.address, self.nbytes = 0, nbytes
-        self._cuda = _runtime()
+        self._cuda = runtime()
         if not nbytes:
             return
         # Another library may have chosen another device for this thread
@@ -133,6 +135,11 @@ def _check(name: str, code: int) -> None:
     Raises:
         DeviceError: It failed.
     """
+    if code == _OLD_DRIVER:
+        raise DeviceError(
+            f"the NVIDIA driver is absent or too old for ONNX Runtime ({_forget_error(code)});"
+            " install or update it"
+        )
     if code:
         raise DeviceError(
             f"{name} failed on cuda ({_forget_error(code)}); see that the device works"
@@ -141,13 +148,13 @@ def _check(name: str, code: int) -> None:
 
 def _forget_error(code: int) -> str:
     """An error in CUDA's words. It is forgotten, or ONNX Runtime would take it for its own."""
-    cuda = _runtime()
+    cuda = runtime()
     cuda.cudaGetLastError()
     return f"{cuda.cudaGetErrorString(code).decode()}, code {code}"
 
 
 @functools.cache
-def _runtime() -> Any:
+def runtime() -> Any:
     """The library with CUDA's functions, which know their arguments' types.
 
     Raises:
