@@ -163,6 +163,18 @@ def test_rounding_to_the_nearest_is_done_again_for_parity(checkpoint: Path, tmp_
     assert EchoModel.load(report.model).logits([1, 2, 3]).shape == (3, 200)
 
 
+def test_a_bundle_for_cuda_computes_in_16_bits(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a GPU it is compared on the CPU, and says so."""
+    report = export_bundle(checkpoint, tmp_path / "tiny.onnx", PAIRS, dtype="int4", device="cuda")
+    assert report.parity is not None
+    assert report.parity.tolerance.name == "fp16"
+    assert report.manifest.verification is not None
+    assert report.manifest.verification.provider == "CPUExecutionProvider"
+    specification = report.manifest.specification
+    assert {cache.element_type for cache in specification.caches} == {"float16"}
+    assert check_parity(checkpoint, report.model, max_context=40, device="cpu").passed
+
+
 def test_a_larger_bundle_may_be_allowed(checkpoint: Path, tmp_path: Path) -> None:
     """Room for some weights at 8 bits, and not for all."""
     megabytes = 0.48
