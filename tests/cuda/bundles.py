@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from tests.quantisation import to_nearest
 from tests.tiny_models import build_tiny_model
+from transformers import PreTrainedModel
 
 from echoatt_exporter.architecture import architecture_of, specification_fields
 from echoatt_exporter.graph import rewrite_pipeline, run_pipeline
@@ -40,9 +41,9 @@ class Trace:
     """
 
     def __init__(self, name: str, layers: int, **fields: Any) -> None:
-        fields |= {"num_hidden_layers": layers, "max_position_embeddings": CONTEXT}
-        teacher = build_tiny_model(name, **fields).to(torch.float16)
-        student = share_attention(teacher, SharingPlan.unshared(layers))
+        self._name = name
+        self._fields = {"num_hidden_layers": layers, "max_position_embeddings": CONTEXT} | fields
+        student = share_attention(self.teacher(), SharingPlan.unshared(layers))
         sizes = specification_fields(architecture_of(student.config.get_text_config()))
         self.specification = Specification(
             **sizes,
@@ -56,6 +57,11 @@ class Trace:
             source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
         )
         self._model = ir.to_proto(trace_student(student, self.specification))
+
+    def teacher(self) -> PreTrainedModel:
+        """The model itself, in float16."""
+        model: PreTrainedModel = build_tiny_model(self._name, **self._fields).to(torch.float16)
+        return model
 
     def bundle(self, folder: Path, dtype: str, plan: SharingPlan) -> Bundle:
         """Write the bundle of a dtype and a plan."""

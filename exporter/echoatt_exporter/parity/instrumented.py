@@ -99,8 +99,9 @@ def _give_contexts(model: ir.Model) -> None:
     layers = sum(str(value.name).endswith(".value") for value in graph.outputs)
     for layer in range(layers):
         context = find_attention(graph, layer).context
-        output = ir.node("Identity", [context.outputs[0]]).outputs[0]
-        output.name, output.type = context_name(layer), context.outputs[0].type
+        # numpy has no bfloat16
+        output = ir.node("Cast", [context.outputs[0]], {"to": ir.DataType.FLOAT}).outputs[0]
+        output.name, output.type = context_name(layer), ir.TensorType(ir.DataType.FLOAT)
         graph.insert_after(context, [node for node in [output.producer()] if node is not None])
         graph.outputs.append(output)
 
