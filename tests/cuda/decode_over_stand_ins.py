@@ -42,26 +42,17 @@ def trace(family):
     return Trace(family, len(PLANS[family]))
 
 
-@pytest.fixture(scope="module", params=list(PLANS))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=["fp16", "bf16", "int4"])
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["shared", "unshared"])
-def shared(request):
-    return request.param
+def bundle_of(family, dtype, shared, folder):
+    sources = PLANS[family]
+    plan = SharingPlan(sources) if shared else SharingPlan.unshared(len(sources))
+    return trace(family).bundle(folder, dtype, plan)
 
 
 @pytest.fixture(scope="module")
-def bundle(family, dtype, shared, tmp_path_factory):
-    sources = PLANS[family]
-    plan = SharingPlan(sources) if shared else SharingPlan.unshared(len(sources))
-    return trace(family).bundle(tmp_path_factory.mktemp("bundle"), dtype, plan)
+def executor(tmp_path_factory):
+    """Of a small model, for what is the same for all."""
+    folder = tmp_path_factory.mktemp("bundle")
+    return open_executor(bundle_of("qwen3", "fp16", True, folder), "cuda")
 
 
 def choose(executor, cache, *lengths, first_slot=0, free_behind=0):
@@ -94,7 +85,11 @@ def replays(seen):
     )
 
 
-def test_a_token_takes_few_launches_and_no_copies(bundle, family, shared, tmp_path):
+@pytest.mark.parametrize("family", list(PLANS))
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int4"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
+def test_a_token_takes_few_launches_and_no_copies(family, dtype, shared, tmp_path):
+    bundle = bundle_of(family, dtype, shared, tmp_path)
     executor = open_executor(bundle, "cuda", profile=tmp_path / "profile")
     cache = executor.new_cache(3, 100)
     first = choose(executor, cache, 30, 9)
@@ -105,6 +100,9 @@ def test_a_token_takes_few_launches_and_no_copies(bundle, family, shared, tmp_pa
     assert 0 < launches <= MOST_LAUNCHES[family, shared]
     assert not first.captured["copy"]
     assert all(replays(choose(executor, cache, 30 + step, 9 + step)) for step in (1, 2, 3))
+    cache.reserve(400, [34, 13, 0])
+    assert records(choose(executor, cache, 34, 13))
+    assert replays(choose(executor, cache, 35, 14))
 
     events = json.loads(executor.decoding.session.end_profiling().read_text())
     on_cpu = {
@@ -116,8 +114,7 @@ def test_a_token_takes_few_launches_and_no_copies(bundle, family, shared, tmp_pa
     assert len(on_cpu) <= MOST_ON_CPU
 
 
-def test_what_moves_is_recorded_anew_and_what_is_known_is_not(bundle):
-    executor = open_executor(bundle, "cuda")
+def test_what_moves_is_recorded_anew_and_what_is_known_is_not(executor):
     cache = executor.new_cache(4, 100)
     step = functools.partial(choose, executor, cache)
     assert records(step(5, 6))
@@ -136,8 +133,7 @@ def test_what_moves_is_recorded_anew_and_what_is_known_is_not(bundle):
     assert replays(step(11, 11))
 
 
-def test_logits_that_are_asked_for_come_whole(bundle):
-    executor = open_executor(bundle, "cuda")
+def test_logits_that_are_asked_for_come_whole(executor):
     cache = executor.new_cache(3, 100)
     tokens = np.ones((2, 1), np.int64)
     for _ in range(2):
@@ -148,8 +144,7 @@ def test_logits_that_are_asked_for_come_whole(bundle):
     assert seen[0].to_host == [logits.nbytes]
 
 
-def test_only_the_most_probable_tokens_cross_for_sampling(bundle):
-    executor = open_executor(bundle, "cuda")
+def test_only_the_most_probable_tokens_cross_for_sampling(executor):
     cache = executor.new_cache(3, 100)
     tokens = np.ones((2, 1), np.int64)
     for _ in range(2):
