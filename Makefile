@@ -41,11 +41,12 @@ demo-smollm2: $(STAMP)
 
 # For a machine with a GPU and no network. What has to be brought along: this repository with the graphs
 # of `make prepare-gpu` (made anywhere), and, in a folder named by WHEELS, wheels of onnxruntime-gpu and
-# of what the machine's own Python lacks. Both commands together take less than eight minutes.
+# of what the machine's own Python lacks (torch is its own).
 GPU := out/gpu
 WHEELS ?=
 
 prepare-gpu: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m tests.gpu.prepare
 	$(BIN)/python -m samples.gpu.prepare $(GPU)/graphs
 
 $(GPU)/packages:

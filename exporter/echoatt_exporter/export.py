@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from echoatt_exporter.architecture import specification_fields
 from echoatt_exporter.bundle import (
@@ -200,7 +199,9 @@ def _load_and_trace(
         on_step("reference", 0, 1)
         reference = record_reference(student, specification, unrounded=unrounded, **texts)
     on_step("trace", 0, 1)
-    torch.nn.Module.to(student, computed_in(specification))
+    for parameter in student.parameters():
+        # Not the buffers: angles of far positions need all of a rotation's frequencies
+        parameter.data = parameter.data.to(computed_in(specification))
     model = trace_student(student, specification)
     del student
     gc.collect()

@@ -1,6 +1,6 @@
 """What `samples.gpu.prepare` made, measured on a GPU: `make bench-gpu`.
 
-    python -m samples.gpu.bench out/gpu --out results [--seconds 240]
+    python -m samples.gpu.bench out/gpu --out results [--seconds 200]
 
 Each bundle decodes and runs a long prompt through the runtime as `EchoModel` does. A step is held
 against its floor: weights and caches read once, at the speed of a copy on the same card. Needs the
@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundles", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="where the findings go, as JSON")
-    parser.add_argument("--seconds", type=float, default=240, help="begin nothing new after it")
+    parser.add_argument("--seconds", type=float, default=200, help="begin nothing new after it")
     parser.add_argument("--steps", type=int, default=_STEPS)
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--decodes", default=",".join(f"{b}x{c}" for b, c in DECODES))

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from tests.quantisation import to_nearest
@@ -40,7 +41,8 @@ class Trace:
         specification: Of it.
     """
 
-    def __init__(self, name: str, layers: int, **fields: Any) -> None:
+    def __init__(self, name: str, layers: int, *, kept: Path | None = None, **fields: Any) -> None:
+        """Trace a tiny model, or read the trace from the file `kept`, which is made first."""
         self._name = name
         self._fields = {"num_hidden_layers": layers, "max_position_embeddings": CONTEXT} | fields
         student = share_attention(self.teacher(), SharingPlan.unshared(layers))
@@ -56,12 +58,18 @@ class Trace:
             pad_token_id=None,
             source_checkpoint=SourceCheckpoint(name="tiny", sha256="0" * 64),
         )
-        self._model = ir.to_proto(trace_student(student, self.specification))
+        if kept is None or not kept.is_file():
+            model = trace_student(student, self.specification)
+            self._model = ir.to_proto(model)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_bytes(self._model.SerializeToString())
+        else:
+            self._model = onnx.load(kept)
 
     def teacher(self) -> PreTrainedModel:
         """The model itself, in float16."""
-        model: PreTrainedModel = build_tiny_model(self._name, **self._fields).to(torch.float16)
-        return model
+        return in_dtype(build_tiny_model(self._name, **self._fields), torch.float16)
 
     def bundle(self, folder: Path, dtype: str, plan: SharingPlan) -> Bundle:
         """Write the bundle of a dtype and a plan."""
@@ -88,6 +96,13 @@ class Trace:
             manifest = Manifest(exporter_version="0", specification=specification, files=(file,))
             model.metadata_props[METADATA_KEY] = manifest.to_json()
         return Bundle.open(path)
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give a model's parameters another dtype, and as a load does leave its buffers."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _caches(plan: SharingPlan, sizes: dict[str, Any], dtype: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from tests.quantisation import to_nearest
@@ -172,6 +173,10 @@ def test_a_bundle_for_cuda_computes_in_16_bits(checkpoint: Path, tmp_path: Path)
     assert report.manifest.verification.provider == "CPUExecutionProvider"
     specification = report.manifest.specification
     assert {cache.element_type for cache in specification.caches} == {"float16"}
+    # Rounded to 16 bits they would turn far positions into others
+    model = ir.load(report.model)
+    (frequencies,) = (v for v in model.graph.initializers.values() if "inv_freq" in str(v.name))
+    assert frequencies.dtype == ir.DataType.FLOAT
     assert check_parity(checkpoint, report.model, max_context=40, device="cpu").passed
 
 

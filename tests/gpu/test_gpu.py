@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cuda.bundles import Trace
+from tests.cuda.bundles import Trace, in_dtype
+from tests.gpu.prepare import trace_of
 from tests.quantisation import to_nearest
 from tests.tiny_models import TINY_MODELS, every_family
 
@@ -25,7 +26,7 @@ TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float32}
 
 @functools.cache
 def trace(family: str) -> Trace:
-    return Trace(family, len(TINY_MODELS[family].sources))
+    return trace_of(family)
 
 
 def bundle_of(family: str, dtype: str, folder: Any) -> Bundle:
@@ -35,7 +36,7 @@ def bundle_of(family: str, dtype: str, folder: Any) -> Bundle:
 def compared(family: str, dtype: str, folder: Any) -> Any:
     bundle = bundle_of(family, dtype, folder)
     # The same weights: those of the trace, in float16 at first
-    teacher = trace(family).teacher().to(TORCH[dtype])
+    teacher = in_dtype(trace(family).teacher(), TORCH[dtype])
     student = share_attention(teacher, bundle.specification.plan)
     if (bits := DTYPES[dtype].bits) is not None:
         round_to_nearest(student, to_nearest(bits), lambda _done, _total: None)
