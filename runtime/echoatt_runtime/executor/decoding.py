@@ -10,7 +10,9 @@ Shapes: B batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,6 +29,16 @@ _MOST_RECORDINGS: Final = 256
 
 # Where every cache's rows begin, the capacity, and the number of rows
 _Place = tuple[tuple[int, ...], int, int]
+# The number of a CUDA graph, and what it reads and writes
+_Recording = tuple[int, Binding, StepArrays]
+
+
+@dataclass(slots=True)
+class _Known:
+    """Recordings of a cache by first slot and number of rows, as long as it lies where it lay."""
+
+    layout: int
+    of_rows: dict[tuple[int, int], _Recording] = field(default_factory=dict)
 
 
 class Decoding:
@@ -59,7 +71,9 @@ class Decoding:
         self._room: StepRoom | None = None
         self._rows = 0
         self._recorded = 0
-        self._recordings: dict[_Place, tuple[int, Binding, StepArrays]] = {}
+        self._recordings: dict[_Place, _Recording] = {}
+        # The same again: to ask a cache for all its addresses takes longer than a replay's start
+        self._known: WeakKeyDictionary[KVCache, _Known] = WeakKeyDictionary()
 
     def step(
         self,
@@ -92,14 +106,23 @@ class Decoding:
         self.session.run(binding, number)
         return arrays
 
-    def _recording(
-        self, cache: KVCache, first_slot: int, rows: int
-    ) -> tuple[int, Binding, StepArrays]:
-        """The number of what runs these rows, and where; the first run of a number records it."""
+    def _recording(self, cache: KVCache, first_slot: int, rows: int) -> _Recording:
+        """What runs these rows; the first run of its number records it."""
+        known = self._known.get(cache)
+        if known is None or known.layout != cache.layout:
+            known = self._known[cache] = _Known(cache.layout)
+        found = known.of_rows.get((first_slot, rows))
+        if found is None:
+            found = self._find(cache, first_slot, rows)
+            known.of_rows[first_slot, rows] = found
+        return found
+
+    def _find(self, cache: KVCache, first_slot: int, rows: int) -> _Recording:
+        """The recording of a place, made if it is not there."""
         room = self._room
         if room is None or rows > self._rows:
             # All recordings are of the room that goes
-            self._recordings.clear()
+            self._forget()
             self._room = None
             shape = (max(rows, cache.slots), 1, 1)
             room = self._room = StepRoom.of(self._memory, shape, self._specification)
@@ -109,7 +132,7 @@ class Decoding:
         found = self._recordings.get(place)
         if found is None:
             if self._recorded == _MOST_RECORDINGS:
-                self._recordings.clear()
+                self._forget()
                 self.session = self._open_session()
                 self._recorded = 0
             self._recorded += 1
@@ -118,6 +141,11 @@ class Decoding:
             arrays = StepArrays(binding, device, room, (rows, 1, 1), self._specification)
             found = self._recordings[place] = self._recorded, binding, arrays
         return found
+
+    def _forget(self) -> None:
+        self._recordings.clear()
+        for known in self._known.values():
+            known.of_rows.clear()
 
 
 def _rounded(rows: int) -> int:
