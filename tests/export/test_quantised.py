@@ -39,6 +39,7 @@ from echoatt_runtime.contract import (
     SourceCheckpoint,
     Specification,
     lay_out_caches,
+    required_by,
 )
 from echoatt_runtime.errors import DamagedBundleError, NumericalError
 
@@ -172,6 +173,7 @@ def test_a_bundle_for_cuda_computes_in_16_bits(checkpoint: Path, tmp_path: Path)
     assert report.manifest.verification is not None
     assert report.manifest.verification.provider == "CPUExecutionProvider"
     specification = report.manifest.specification
+    assert report.manifest.requires == required_by(specification) == ("cache-list", "chosen-tokens")
     assert {cache.element_type for cache in specification.caches} == {"float16"}
     # Rounded to 16 bits they would turn far positions into others
     model = ir.load(report.model)

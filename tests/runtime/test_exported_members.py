@@ -48,7 +48,7 @@ PUBLIC_ROOMS = {
         "ELEMENT_TYPES ElementType FORMAT FORMAT_NUMBER INPUT_IDS LAYER_KINDS LOGITS "
         "LOGITS_INDICES LOGIT_SUMS LayerKind METADATA_KEY MODEL_FILE Manifest PAST_LENGTHS "
         "Quantisation ROUNDINGS RoundingCost SharingPlan SourceCheckpoint Specification "
-        "Verification WEIGHTS head_order_fault lay_out_caches"
+        "Verification WEIGHTS head_order_fault lay_out_caches required_by"
     ),
     "executor": (
         "Choice Executor executor_of Integers Logits open_executor PREFILL_CHUNK run_texts "

@@ -28,6 +28,7 @@ from echoatt_runtime.contract import (
     Manifest,
     Specification,
     Verification,
+    required_by,
 )
 from echoatt_runtime.ort import has_cuda
 
@@ -75,6 +76,7 @@ def write_bundle(
         manifest = Manifest(
             exporter_version=importlib.metadata.version("echoatt"),
             specification=specification,
+            requires=required_by(specification),
             graph_sha256=read_onnx_file(staged.model).graph_sha256,
             files=(_describe(staged.weights, WEIGHTS), *companions),
         )

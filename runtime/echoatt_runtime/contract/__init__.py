@@ -16,6 +16,7 @@ from echoatt_runtime.contract.manifest import (
     Manifest,
     RoundingCost,
     Verification,
+    required_by,
 )
 from echoatt_runtime.contract.names import (
     CHOICES,
@@ -71,4 +72,5 @@ __all__ = [
     "Verification",
     "head_order_fault",
     "lay_out_caches",
+    "required_by",
 ]

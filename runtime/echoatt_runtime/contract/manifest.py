@@ -35,7 +35,9 @@ FORMAT: Final = f"echoatt-bundle/{FORMAT_NUMBER}"
 # something else is refused by name.
 CAPABILITIES: Final[Mapping[str, str]] = {
     "cache-list": "allocates the caches that the manifest lists, as they are laid out there",
+    "chosen-tokens": "takes the tokens that a graph chooses on its device",
 }
+_ALWAYS_REQUIRED: Final = ("cache-list",)
 
 _FORMAT_PATTERN: Final = re.compile(r"echoatt-bundle/(\d{1,9})")
 _OLDEST_FORMAT: Final = 2
@@ -128,7 +130,7 @@ class Manifest:
     """
 
     format: str = FORMAT
-    requires: tuple[str, ...] = tuple(CAPABILITIES)
+    requires: tuple[str, ...] = _ALWAYS_REQUIRED
     exporter_version: str
     specification: Specification
     graph_sha256: str | None = None
@@ -206,6 +208,12 @@ class Manifest:
                 "make a bundle from its checkpoint with echoatt-export"
             )
         return cls.from_json(text, f"the manifest of {where}")
+
+
+def required_by(specification: Specification) -> tuple[str, ...]:
+    """What a runtime must know how to do for a bundle, keys of `CAPABILITIES`."""
+    own = ("chosen-tokens",) if specification.choice_names else ()
+    return (*_ALWAYS_REQUIRED, *own)
 
 
 def _raise_faults(faults: list[str], where: str) -> None:

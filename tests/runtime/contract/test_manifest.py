@@ -282,7 +282,8 @@ def test_fields_with_defaults_may_be_missing(manifest):
 
 def test_an_unknown_capability_is_named(manifest):
     known = [*CAPABILITIES]
-    assert Manifest.from_json(edited(manifest, requires=known)) == manifest
+    read = Manifest.from_json(edited(manifest, requires=known))
+    assert dataclasses.replace(read, requires=manifest.requires) == manifest
     with pytest.raises(NewerFormatError, match="requires 'int8-caches', which this runtime cannot"):
         # Whatever else is new about it
         Manifest.from_json(edited(manifest, requires=[*known, "int8-caches"], files="new"))
