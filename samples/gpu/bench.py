@@ -103,8 +103,9 @@ def _measure(
             "floor_ms": read / found["copy_bytes_per_second"] * 1e3,
         }
         if batch == 1:
+            # Without recordings, and with the branches for any number of tokens
             launched = executor_of(executor.session, executor.specification)
-            times[name]["launched_ms"] = _decode(launched, batch, context, arguments.steps)
+            times[name]["prompts_session_ms"] = _decode(launched, batch, context, arguments.steps)
     for chunk in CHUNKS:
         if time.monotonic() < end:
             times[f"prompt of {arguments.prompt} by {chunk}"] = _prompt(
