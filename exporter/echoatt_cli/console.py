@@ -38,6 +38,7 @@ console = _Console(width=None if sys.stdout.isatty() else 120)
 _STEPS = {
     "load": "loading the checkpoint",
     "calibration text": "writing calibration text",
+    "scale channels": "scaling channels",
     "widths": "choosing weights to widen",
     "round": "rounding the weights",
     "reference": "running PyTorch for the comparison",

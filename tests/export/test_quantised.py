@@ -81,7 +81,8 @@ def test_a_bundle_says_how_it_was_rounded(calibrated: ExportReport) -> None:
     found = json.loads(calibrated.to_json())["manifest"]["specification"]["quantisation"]
     assert found == {
         "rounding": "calibrated", "block_size": 32, "bits": 4, "head_bits": 4,
-        "embedding_bits": 4, "wide": [], "text": "written by the model", "tokens": 24 * 64,
+        "embedding_bits": 4, "scaled_channels": False, "wide": [],
+        "text": "written by the model", "tokens": 24 * 64,
     }  # fmt: skip
     verification = calibrated.manifest.verification
     assert verification is not None

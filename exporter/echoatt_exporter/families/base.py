@@ -71,6 +71,9 @@ class Family:
         layer_heads: The heads of every layer, by the configuration.
         attention_kinds: How its layers attend.
         context_length: The most positions that a decoder was made for, by the configuration.
+        gated: Names in a layer of the projection whose last outputs are multiplied with a gate, and
+            of the one that reads the product; None where there is no gate.
+        norm_base: What norms add to their weight.
         dropout: Name of the configuration's field for dropout of attention probabilities.
         learned_positions: Whether positions are looked up in a table, which has no row for a
             position behind the context length.
@@ -87,6 +90,8 @@ class Family:
     layer_heads: Callable[[PreTrainedConfig], tuple[LayerHeads, ...]] = same_heads_in_every_layer
     attention_kinds: AttentionKinds = ALL_FULL
     context_length: Callable[[PreTrainedConfig], int] = context_under_rotary
+    gated: tuple[str, str] | None = ("mlp.up_proj", "mlp.down_proj")
+    norm_base: float = 0.0
     dropout: str = "attention_dropout"
     learned_positions: bool = False
     refusals: tuple[Callable[[PreTrainedConfig], None], ...] = REFUSALS

@@ -5,5 +5,8 @@ from echoatt_exporter.families.base import REFUSALS, Family
 from echoatt_exporter.families.gemma_encoders import refuse_gemma_encoder
 
 FAMILY = Family(
-    model_type="gemma2", attention_kinds=BY_LAYER_TYPE, refusals=(refuse_gemma_encoder, *REFUSALS)
+    model_type="gemma2",
+    attention_kinds=BY_LAYER_TYPE,
+    norm_base=1.0,
+    refusals=(refuse_gemma_encoder, *REFUSALS),
 )

@@ -2,4 +2,4 @@
 
 from echoatt_exporter.families.base import Family
 
-FAMILY = Family(model_type="glm4")
+FAMILY = Family(model_type="glm4", gated=("mlp.gate_up_proj", "mlp.down_proj"))

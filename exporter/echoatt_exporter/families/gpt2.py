@@ -31,6 +31,7 @@ FAMILY = Family(
     heads=BlockedHeads("c_attn"),
     layer_heads=hidden_size_over_heads,
     context_length=_table_rows,
+    gated=None,
     dropout="attn_pdrop",
     learned_positions=True,
     refusals=(_refuse_cross_attention, refuse_bidirectional_attention),

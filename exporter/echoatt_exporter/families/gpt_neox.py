@@ -10,4 +10,5 @@ FAMILY = Family(
     output="dense",
     heads=InterleavedHeads("query_key_value"),
     layer_heads=hidden_size_over_heads,
+    gated=None,
 )

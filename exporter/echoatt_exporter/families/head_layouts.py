@@ -45,6 +45,9 @@ class HeadLayout(Protocol):
     def cut_values(self, attention: nn.Module, heads: LayerHeads) -> nn.Linear:
         """The value projection [N·D, E] alone."""
 
+    def value_outputs(self, heads: LayerHeads) -> torch.Tensor:
+        """Which outputs of the module `values` are values, int64 [N·D]."""
+
     def reorder(self, attention: nn.Module, heads: LayerHeads, order: Sequence[int]) -> None:
         """Permute the heads of queries, keys and values in place.
 
@@ -76,6 +79,10 @@ class SeparateHeads:
         separate: nn.Linear = getattr(attention, self.values)
         return separate
 
+    def value_outputs(self, heads: LayerHeads) -> torch.Tensor:
+        """All of them."""
+        return torch.arange(heads.key_value * heads.size)
+
     def reorder(self, attention: nn.Module, heads: LayerHeads, order: Sequence[int]) -> None:
         """See `HeadLayout.reorder`."""
         query, key = query_elements(heads, order), _key_elements(heads, order)
@@ -104,7 +111,11 @@ class _PackedHeads:
 
     def cut_values(self, attention: nn.Module, heads: LayerHeads) -> nn.Linear:
         """A copy of the outputs that are values."""
-        return cut_outputs(getattr(attention, self.values), self.parts(heads)[2])
+        return cut_outputs(getattr(attention, self.values), self.value_outputs(heads))
+
+    def value_outputs(self, heads: LayerHeads) -> torch.Tensor:
+        """See `HeadLayout.value_outputs`."""
+        return self.parts(heads)[2]
 
     def reorder(self, attention: nn.Module, heads: LayerHeads, order: Sequence[int]) -> None:
         """See `HeadLayout.reorder`."""

@@ -18,6 +18,7 @@ from echoatt_exporter.quantise.round_weights import (
     round_calibrated,
     round_to_nearest,
 )
+from echoatt_exporter.quantise.scale_channels import scale_channels
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.texts import Text, load_tokenizer, read_texts, sample_windows, texts_digest
 from echoatt_runtime.contract import DTYPES, ROUNDINGS, Bits, Quantisation, Specification
@@ -153,6 +154,10 @@ def quantise_student(
             rest = other_bytes + _GRAPH_BYTES + _LAYER_BYTES * specification.num_layers
             most = int(choice.max_megabytes * 1e6) - rest
             quantisation = choose_widths(student, quantisation, windows, most)
+        if bits == 8:
+            on_part("scale channels", 0, 1)
+            scaled = scale_channels(student, windows)
+            quantisation = dataclasses.replace(quantisation, scaled_channels=scaled)
         round_calibrated(student, quantisation, windows, on_weight)
         quantisation = dataclasses.replace(quantisation, text=origin, tokens=windows.numel())
     return dataclasses.replace(specification, quantisation=quantisation)

@@ -25,6 +25,8 @@ class Quantisation:
         bits: Of the layers' products.
         head_bits: Of the LM head.
         embedding_bits: Of the table of embeddings.
+        scaled_channels: Whether what gives the products' inputs, and their weights, were scaled
+            against each other so that rounded inputs lose less.
         wide: Names, in the checkpoint, of modules in the layers whose weights have 8 bits.
         text: Where calibration text came from; None without.
         tokens: Of calibration text.
@@ -36,6 +38,7 @@ class Quantisation:
     bits: Bits
     head_bits: Bits
     embedding_bits: Bits
+    scaled_channels: bool = False
     wide: tuple[str, ...] = ()
     text: str | None = None
     tokens: int = 0
@@ -85,6 +88,7 @@ QUANTISATION_FIELDS: Final = {
     "bits": Field(records.integer),
     "head_bits": Field(records.integer),
     "embedding_bits": Field(records.integer),
+    "scaled_channels": Field(records.boolean, may_be_missing=True),
     "wide": Field(records.many(records.text, "strings"), may_be_missing=True),
     "text": Field(records.optional(records.text), may_be_missing=True),
     "tokens": Field(records.integer, may_be_missing=True),
