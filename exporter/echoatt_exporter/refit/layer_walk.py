@@ -9,7 +9,7 @@ N key/value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -49,8 +49,8 @@ class LayerWalk:
         """Stand in front of the first layer.
 
         Args:
-            decoder: A teacher, or a student's `decoder`, inside `lending_attention`.
-            sources: Its sharing plan.
+            decoder: A student's `decoder`, or its teacher, inside `lending_attention`.
+            sources: The student's sharing plan.
             windows_WT: Token ids, int64.
         """
         W, T = windows_WT.shape
@@ -61,7 +61,7 @@ class LayerWalk:
         self._decoder = decoder
         self._sources = sources
         self._layers = family_of(decoder.config).layers_of(decoder)
-        self._last_follower = {source: layer for layer, source in enumerate(sources)}
+        self._last_follower = {s: layer for layer, s in enumerate(sources) if layer != s}
         self._loans: dict[int, _SpilledLoans] = {}
         self._calls: dict[int, list[_Call]] = {}
         self._states: SpilledTensor | None = None
@@ -76,23 +76,28 @@ class LayerWalk:
         assert self._states is not None  # noqa: S101 - there is at least one window
         return self._states.read(rows)
 
-    def run(self, rows: slice) -> torch.Tensor:
-        """What the next layer makes of some windows, [B, T, E]; the walk stays where it is."""
-        attention = _WalkingAttention(self._sources, self._loans, rows)
-        return self._run_layer(self.layer, self.states(rows), attention)
+    def run(self, rows: slice, instead: nn.Module | None = None) -> torch.Tensor:
+        """What the next layer makes of some windows, [B, T, E]; the walk stays where it is.
+
+        Args:
+            rows: The windows, one of `batches`.
+            instead: Another model's layer of the same place, to run on these states.
+        """
+        layer = self._layers[self.layer] if instead is None else instead
+        return self._run_layer(self.layer, layer, self.states(rows), self._attention(rows))
 
     def advance(self) -> None:
         """Take all windows through the next layer."""
         assert self._states is not None  # noqa: S101 - there is at least one window
         layer = self.layer
-        lends = self._last_follower.get(layer, layer) > layer
+        lends = layer in self._last_follower
         spilled = _SpilledLoans(len(self.windows_WT)) if lends else None
         for rows in self.batches:
-            attention = _WalkingAttention(self._sources, self._loans, rows)
-            hidden_BTE = self._run_layer(layer, self.states(rows), attention)
+            attention = self._attention(rows)
+            hidden_BTE = self._run_layer(layer, self._layers[layer], self.states(rows), attention)
             self._states.write(rows, hidden_BTE)
             if spilled is not None:
-                spilled.write(rows, attention.lent[layer])
+                spilled.write(rows, attention.loans[layer])
         if spilled is not None:
             self._loans[layer] = spilled
         for source in [s for s in self._loans if self._last_follower[s] <= layer]:
@@ -102,19 +107,22 @@ class LayerWalk:
     def finish(self, rows: slice) -> torch.Tensor:
         """What some windows become behind all other layers and the last norm, [B, T, E]."""
         hidden_BTE = self.states(rows)
-        attention = _WalkingAttention(self._sources, self._loans, rows)
+        attention = self._attention(rows)
         for layer in range(self.layer, len(self._layers)):
-            hidden_BTE = self._run_layer(layer, hidden_BTE, attention)
+            hidden_BTE = self._run_layer(layer, self._layers[layer], hidden_BTE, attention)
         # The body's first layer gives these states, whatever it is given, and the others pass it on
         with self._instead([_Passing(hidden_BTE), *(_Passing() for _ in self._layers[1:])]):
             return self._run_body(self.windows_WT[rows])
 
+    def _attention(self, rows: slice) -> _WalkingAttention:
+        return _WalkingAttention(self._sources, self._loans, rows)
+
     def _run_layer(
-        self, layer: int, hidden_BTE: torch.Tensor, attention: _WalkingAttention
+        self, index: int, layer: nn.Module, hidden_BTE: torch.Tensor, attention: _WalkingAttention
     ) -> torch.Tensor:
-        call = self._calls[len(hidden_BTE)][layer]
+        call = self._calls[len(hidden_BTE)][index]
         keywords = {**call.keywords, "shared_attention": attention}
-        output = self._layers[layer](hidden_BTE, *call.arguments, **keywords)
+        output = layer(hidden_BTE, *call.arguments, **keywords)
         return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
     def _embed(self, windows_BT: torch.Tensor) -> torch.Tensor:
@@ -165,22 +173,22 @@ class _SpilledLoans:
 
     def __init__(self, windows: int) -> None:
         self._windows = windows
-        self._query: SpilledTensor | None = None
-        self._key: SpilledTensor | None = None
-        self._first: Loan | None = None
+        self._tensors: tuple[SpilledTensor, SpilledTensor] | None = None
+        self._how: tuple[torch.Tensor | None, float, float | None] = (None, 1.0, None)
 
     def write(self, rows: slice, loan: Loan) -> None:
-        if self._query is None or self._key is None:
-            self._query = SpilledTensor((self._windows, *loan.query.shape[1:]), loan.query.dtype)
-            self._key = SpilledTensor((self._windows, *loan.key.shape[1:]), loan.key.dtype)
-            self._first = loan
-        self._query.write(rows, loan.query)
-        self._key.write(rows, loan.key)
+        values = loan.query, loan.key
+        if self._tensors is None:
+            self._how = loan.mask, loan.scaling, loan.softcap
+            query, key = (SpilledTensor((self._windows, *v.shape[1:]), v.dtype) for v in values)
+            self._tensors = query, key
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.write(rows, value)
 
     def read(self, rows: slice) -> Loan:
-        query, key, first = self._query, self._key, self._first
-        assert query is not None and key is not None and first is not None  # noqa: S101, PT018
-        return Loan(query.read(rows), key.read(rows), first.mask, first.scaling, first.softcap)
+        assert self._tensors is not None  # noqa: S101 - all windows went through the source
+        query, key = (tensor.read(rows) for tensor in self._tensors)
+        return Loan(query, key, *self._how)
 
 
 @dataclass
@@ -188,13 +196,13 @@ class _WalkingAttention:
     """A `SharedAttention` of some windows, whose sources may lie behind.
 
     Attributes:
-        lent: By layer, what sources lent in this run.
+        loans: By layer, what sources computed in this run.
     """
 
     sources: Sequence[int]
-    behind: dict[int, _SpilledLoans]
+    behind: Mapping[int, _SpilledLoans]
     rows: slice
-    lent: dict[int, Loan] = field(default_factory=dict)
+    loans: dict[int, Loan] = field(default_factory=dict)
 
     def attend(
         self,
@@ -212,13 +220,11 @@ class _WalkingAttention:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         # No window is padded, so that all rows see alike
         seen = None if mask is None else mask[:1]
-        loan = Loan(query_BHSD, key_BNTD, seen, scaling, softcap)
-        if self.sources.count(layer) > 1:
-            self.lent[layer] = loan
+        loan = self.loans[layer] = Loan(query_BHSD, key_BNTD, seen, scaling, softcap)
         return loan.attend(value_BNTD)
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:
         """See `SharedAttention.follow`."""
         source = self.sources[module.layer_idx]
-        loan = self.lent.get(source) or self.behind[source].read(self.rows)
+        loan = self.loans.get(source) or self.behind[source].read(self.rows)
         return loan.attend(value_BNTD)
