@@ -69,11 +69,12 @@ def _record(done: RefitRun) -> dict[str, object]:
         "tokens": report.tokens,
         "held_out_tokens": report.held_out_tokens,
         "starved": report.starved,
+        "unchanged_layers": report.unchanged,
         "steps": [
             {
                 "fits": [dataclasses.asdict(fit) for fit in step.fits],
+                "refused": step.refused,
                 "kl": step.kl,
-                "applied": step.applied,
             }
             for step in report.steps
         ],
@@ -91,11 +92,9 @@ def _show(done: RefitRun) -> None:
     show_notes(done.notes)
     if not report.steps:
         console.print("no layer follows another: the student is its teacher, and stays as it is")
-    if report.steps and not report.steps[0].applied:
-        console.print("fitting the followers made the KL worse, and was not kept")
-    if report.refused:
-        layers = ", ".join(map(str, report.refused))
-        console.print(f"fitted again, these layers made the KL worse, and stayed: {layers}")
+    if report.unchanged:
+        layers = ", ".join(map(str, report.unchanged))
+        console.print(f"new weights made the KL no less, and were not kept, in layers {layers}")
     if report.starved:
         console.print(
             f"{report.tokens:,} tokens are fewer than some layer has inputs; more text fits better"

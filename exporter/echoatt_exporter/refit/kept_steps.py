@@ -64,8 +64,8 @@ class KeptSteps:
         """
         record = {
             "fits": [dataclasses.asdict(fit) for fit in step.fits],
+            "refused": step.refused,
             "kl": step.kl,
-            "applied": step.applied,
         }
         weights = {name: weight.contiguous() for name, weight in step.weights.items()}
         data = save(weights, {"step": json.dumps(record)})
@@ -98,4 +98,4 @@ def _read(path: Path) -> Step | None:
     fits = tuple(Fit(**fit) for fit in record["fits"])
     # Products round otherwise where a weight does not lie as torch would lay it
     weights = {name: weight.clone() for name, weight in load(data).items()}
-    return Step(fits, record["kl"], record["applied"], weights)
+    return Step(fits, tuple(record["refused"]), record["kl"], weights)

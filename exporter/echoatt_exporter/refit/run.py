@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.devices import check_torch_device
 from echoatt_exporter.errors import CheckpointError, TextError
 from echoatt_exporter.refit.kept_steps import KeptSteps
 from echoatt_exporter.refit.refit import RefitReport, Step, refit_student
@@ -79,6 +80,7 @@ def refit(
 
     Raises:
         OutputExistsError: `out` is there already.
+        DeviceError: PyTorch has no such device here.
         CheckpointError: A directory cannot be read, or they do not belong together.
         UnsupportedModelError: The model cannot be shared.
         TextError: Unreadable text, or too little.
@@ -87,6 +89,7 @@ def refit(
     start = time.perf_counter()
     source, target = Path(student_dir), Path(out)
     check_new_directory(target)
+    check_torch_device(device)
     texts = read_texts(text_paths)
     on_step("load", 0, 1)
     outline = read_outline(source, None, trust_remote_code=trust_remote_code)
