@@ -155,8 +155,8 @@ def test_help_of_every_command_needs_no_torch() -> None:
     script = """
 import sys
 from echoatt_cli import main
-commands = ("analyze", "share", "export", "rewrite", "parity", "generate", "distill", "evaluate")
-for command in (*commands, "bench"):
+commands = ("analyze", "share", "refit", "distill", "evaluate", "export", "rewrite", "parity")
+for command in (*commands, "generate", "bench"):
     try:
         main([command, "--help"])
     except SystemExit as end:

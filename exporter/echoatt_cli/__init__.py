@@ -20,6 +20,7 @@ from echoatt_runtime import EchoAttError
 _COMMANDS = (
     "analyze",
     "share",
+    "refit",
     "export",
     "rewrite",
     "parity",

@@ -9,8 +9,9 @@ import torch
 from tests.tiny_models import build_tiny_model
 
 from echoatt_exporter.distill.config import DistillConfig
-from echoatt_exporter.distill.resolve import check_tokens, resolve_config, stages_of
+from echoatt_exporter.distill.resolve import resolve_config, stages_of
 from echoatt_exporter.errors import CheckpointError
+from echoatt_exporter.share.matching_models import check_tokens
 
 
 def _resolved(

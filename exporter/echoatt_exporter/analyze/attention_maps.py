@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from echoatt_exporter.analyze.lent_teacher import lending_attention
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.modeling_echoatt import ATTENTION_NAME, MaterializedAttention
 from echoatt_runtime.errors import one_line
 

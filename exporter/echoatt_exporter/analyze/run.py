@@ -35,13 +35,13 @@ from echoatt_exporter.analyze.select import (
 )
 from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import architecture_of
+from echoatt_exporter.devices import check_torch_device
 from echoatt_exporter.errors import AnalysisError, TextError
 from echoatt_exporter.share.checkpoint import load_teacher
 from echoatt_exporter.share.outline import read_teacher_outline
 from echoatt_exporter.share.weight_files import checkpoint_digest
 from echoatt_exporter.texts import load_tokenizer, read_texts, sample_windows, texts_digest
 from echoatt_runtime.contract import SharingPlan
-from echoatt_runtime.errors import one_line
 
 # What a new token reads is counted at this context, or the model's own if that is shorter
 _DECODE_CONTEXT = 4096
@@ -188,10 +188,7 @@ def analyze_model(
 
 
 def _load(source: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts it
-        raise AnalysisError(f"no device {device!r} to run on ({one_line(error)})") from error
+    check_torch_device(device)
     # attention maps are compared as float32 whatever the weights are stored in
     teacher = load_teacher(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(teacher, device)  # transformers types its own as if it took no device

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from echoatt_exporter.analyze.lent_teacher import lending_attention
-from echoatt_exporter.analyze.loans import Loan, context, own_order, values_for
+from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.lm_head import Head, head_of
+from echoatt_exporter.share.loans import Loan, context, own_order, values_for
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
 from echoatt_exporter.share.recomputed_attention import RECOMPUTED_NAME
 from echoatt_runtime.contract import SharingPlan

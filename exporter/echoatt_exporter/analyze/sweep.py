@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from echoatt_exporter.analyze.lent_teacher import lending_attention
-from echoatt_exporter.analyze.loans import Loan, own_order, values_for
 from echoatt_exporter.families import family_of
+from echoatt_exporter.share.lending_attention import lending_attention
+from echoatt_exporter.share.loans import Loan, own_order, values_for
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
 from echoatt_exporter.share.recomputed_attention import RECOMPUTED_NAME
 from echoatt_runtime.contract import SharingPlan

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
 from echoatt_exporter.distill.config import AttentionChoice, DistillConfig
 from echoatt_exporter.distill.trainer import Stage
-from echoatt_exporter.errors import CheckpointError, TrainingError
+from echoatt_exporter.errors import TrainingError
 from echoatt_exporter.share.recomputed_attention import why_not_recomputed
 
 # On the CPU, above this many tokens a row, fused attention trains faster. Seconds of one thread
@@ -93,35 +91,3 @@ def _attention(
         return choice
     faster = device != "cpu" or length > _LONGEST_MATERIALIZED
     return "recomputed" if faster and reason is None else "materialized"
-
-
-def check_pair(
-    teacher_dir: str | Path, teacher: PreTrainedConfig, student: PreTrainedConfig
-) -> None:
-    """Refuse a teacher that the student is not made from.
-
-    Raises:
-        TrainingError: They differ in a size that distillation compares.
-    """
-    faults = [
-        f"{name} {getattr(teacher, name)} and {getattr(student, name)}"
-        for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-        if getattr(teacher, name) != getattr(student, name)
-    ]
-    if faults:
-        raise TrainingError(
-            f"{teacher_dir} is not this student's teacher: they have {'; '.join(faults)}"
-        )
-
-
-def check_tokens(student_dir: str | Path, rows: torch.Tensor, vocab_size: int) -> None:
-    """Refuse a tokenizer that is another model's.
-
-    Raises:
-        CheckpointError: It gives tokens that the model does not have.
-    """
-    if rows.numel() and (largest := int(rows.max())) >= vocab_size:
-        raise CheckpointError(
-            f"{student_dir}: its tokenizer gives token {largest} for this text and the model has"
-            f" {vocab_size}; it belongs to another model"
-        )

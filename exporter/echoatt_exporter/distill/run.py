@@ -20,7 +20,7 @@ from echoatt_exporter.distill.config import DistillConfig
 from echoatt_exporter.distill.curves import draw_curves
 from echoatt_exporter.distill.data import TokenRows, pack_rows, split_stages
 from echoatt_exporter.distill.healing_student import HealingStudent, set_attention
-from echoatt_exporter.distill.resolve import check_pair, check_tokens, resolve_config, stages_of
+from echoatt_exporter.distill.resolve import resolve_config, stages_of
 from echoatt_exporter.distill.run_folder import RunFolder
 from echoatt_exporter.distill.trainer import (
     HealingTrainer,
@@ -32,6 +32,7 @@ from echoatt_exporter.distill.trainer import (
 from echoatt_exporter.errors import TrainingError
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.checkpoint import load_shared, load_teacher
+from echoatt_exporter.share.matching_models import check_pair, check_tokens
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
 from echoatt_exporter.share.outline import read_outline, read_teacher_outline
 from echoatt_exporter.share.quiet import quiet_transformers

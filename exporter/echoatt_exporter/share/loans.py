@@ -1,4 +1,4 @@
-"""What a source lends to its followers inside the analysis: queries and keys, not probabilities.
+"""What a source may lend to its followers in place of probabilities: queries and keys.
 
 They are far smaller than probabilities, and fused attention runs on them as often as it takes.
 
