@@ -73,14 +73,14 @@ class Step:
 
     Attributes:
         fits: Of every follower alone, or of one follower on the student's own states.
-        kl: KL to the teacher on held-out text with the new weights, nats a token.
-        applied: Whether they were kept, because that was less than before.
-        weights: What is kept, new or old, by names in the decoder.
+        refused: The followers that have their old weights again, with which the KL is less.
+        kl: KL to the teacher on held-out text afterwards, nats a token.
+        weights: What was kept, new or old, by names in the decoder.
     """
 
     fits: tuple[Fit, ...]
+    refused: tuple[int, ...]
     kl: float
-    applied: bool
     weights: Weights = field(repr=False, compare=False)
 
 
@@ -103,12 +103,19 @@ class RefitReport:
     @property
     def kl(self) -> float:
         """KL to the teacher on held-out text afterwards, nats a token."""
-        return min([self.kl_before, *(step.kl for step in self.steps if step.applied)])
+        return self.steps[-1].kl if self.steps else self.kl_before
 
     @property
-    def refused(self) -> list[int]:
-        """The followers whose second fit made the KL worse and was not kept."""
-        return [step.fits[0].layer for step in self.steps[1:] if not step.applied]
+    def unchanged(self) -> list[int]:
+        """The followers of which no new weight was kept."""
+        tried = {fit.layer for step in self.steps for fit in step.fits}
+        kept = {
+            fit.layer
+            for step in self.steps
+            for fit in step.fits
+            if fit.learned and fit.layer not in step.refused
+        }
+        return sorted(tried - kept)
 
     @property
     def starved(self) -> bool:
@@ -147,12 +154,21 @@ def refit_student(
         return RefitReport(0.0, (), tokens, held_out_tokens)
     steps = list(done)
 
-    def judged(fits: Sequence[Fit], before: Weights, after: Weights) -> None:
-        kl = judge.divergence()
-        applied = kl < min([judge.before, *(step.kl for step in steps if step.applied)])
-        if not applied:
-            set_weights(student.decoder, before)
-        steps.append(Step(tuple(fits), kl, applied, after if applied else before))
+    def judge_step(fits: Sequence[Fit], before: Mapping[int, Weights]) -> None:
+        """Keep of some layers' new weights those with which the KL is less."""
+        last = steps[-1].kl if steps else judge.before
+        after = {layer: _fitted_weights(student, layer) for layer in before}
+        kl, refused = judge.divergence(), []
+        for layer, weights in before.items():
+            set_weights(student.decoder, weights)
+            without = last if len(before) == 1 else judge.divergence()
+            if without <= kl:
+                kl = without
+                refused.append(layer)
+            else:
+                set_weights(student.decoder, after[layer])
+        kept = {n: w for layer in before for n, w in _fitted_weights(student, layer).items()}
+        steps.append(Step(tuple(fits), tuple(refused), kl, kept))
         on_step(steps[-1])
 
     with ExitStack() as stack:
@@ -160,18 +176,16 @@ def refit_student(
             stack.enter_context(lending_attention(model, RECOMPUTED_NAME))
         judge = _Judge(teacher, student, held_out_WT)
         if not done:
-            before = _fitted_weights(student, followers)
-            fits = _fit_alone(student, teacher, windows_WT, dtype)
-            judged(fits, before, _fitted_weights(student, followers))
+            before = {layer: _fitted_weights(student, layer) for layer in followers}
+            judge_step(_fit_alone(student, teacher, windows_WT, dtype), before)
         for step in done:
             set_weights(student.decoder, step.weights)
         models = _Models(teacher, student, windows_WT)
         for layer in range(followers[-1] + 1):
             is_done = any(step.fits[0].layer == layer for step in steps[1:])
             if layer in followers and not is_done:
-                before = _fitted_weights(student, [layer])
-                fits = [models.fit(part, dtype) for part in (ATTENTION, FEED_FORWARD)]
-                judged(fits, before, _fitted_weights(student, [layer]))
+                before = {layer: _fitted_weights(student, layer)}
+                judge_step([models.fit(p, dtype) for p in (ATTENTION, FEED_FORWARD)], before)
             models.advance()
             judge.advance()
     return RefitReport(judge.before, tuple(steps), tokens, held_out_tokens)
@@ -194,16 +208,16 @@ def _parts(family: Family, layer: nn.Module) -> dict[str, Projection]:
     return {ATTENTION: family.output_of(attention), FEED_FORWARD: outside[-1]}
 
 
-def _fitted_weights(student: EchoAttForCausalLM, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What is fitted in some layers, by name in the decoder."""
+def _fitted_weights(student: EchoAttForCausalLM, layer: int) -> dict[str, torch.Tensor]:
+    """What is fitted in a layer, by name in the decoder."""
     family = family_of(student.decoder.config)
     names = {module: name for name, module in student.decoder.named_modules()}
-    found = {}
-    for index in layers:
-        for projection in _parts(family, family.layers_of(student.decoder)[index]).values():
-            for kind, parameter in projection.named_parameters():
-                found[f"{names[projection]}.{kind}"] = parameter.detach()
-    return found
+    projections = _parts(family, family.layers_of(student.decoder)[layer]).values()
+    return {
+        f"{names[projection]}.{kind}": parameter.detach()
+        for projection in projections
+        for kind, parameter in projection.named_parameters()
+    }
 
 
 def _fit_alone(
