@@ -94,6 +94,11 @@ def _add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-align", action="store_true", help="do not line followers' heads up with sources'"
     )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="judge plans by what they cost once `echoatt refit` has fitted them (cost only)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_kl=arguments.max_kl,
             min_similarity=arguments.min_similarity,
             align_heads=not arguments.no_align,
+            refit=arguments.refit,
             length=arguments.length,
             samples=arguments.samples,
             calibration_windows=arguments.calibration_windows,
@@ -189,6 +195,7 @@ def _cells(candidate: PlanCandidate) -> list[str]:
 _HEADINGS = {
     "load": "loading model and text",
     "samples": "comparing attention maps",
+    "fits": "fitting all pairs",
     "screen": "estimating all pairs",
     "pairs": "measuring pairs",
     "plans": "measuring plans",

@@ -117,6 +117,7 @@ def report() -> AnalysisReport:
         sink=None,
         alignment=(HeadAlignment(2, 0, 3, 4, 0.25, 0.75), HeadAlignment(3, 1, 0, 4, 0.5, 0.5)),
         calibration_windows=5,
+        refit=False,
         created="2026-01-02T03:04:05+00:00",
         seconds=67.8,
     )
@@ -187,15 +188,17 @@ def test_commands_can_be_pasted(report: AnalysisReport) -> None:
     """They are read here by the commands' own parsers."""
     lines = re.findall("<pre><code>(.*?)</code></pre>", render_report(replace(report, search=None)))
     commands = [shlex.split(unescape(line)) for line in lines]
-    assert [command[0] for command in commands] == ["echoatt"] * 3 + ["echoatt-export"]
+    assert [command[0] for command in commands] == ["echoatt"] * 4 + ["echoatt-export"]
     parser = _parser()
-    share, distill, evaluate = (parser.parse_args(command[1:]) for command in commands[:3])
-    export = parser.parse_args(["export", *commands[3][1:]])
+    share, refit, distill, evaluate = (parser.parse_args(command[1:]) for command in commands[:4])
+    export = parser.parse_args(["export", *commands[4][1:]])
     model, student, healed = "models/a <b> & c", "out/it's-student", "out/it's-healed"
+    fitted = "out/it's-fitted"
     assert (share.model_dir, share.student_dir) == (model, student)
     assert share.plan == "out/it's/plan.json"
-    assert (distill.teacher, distill.student, distill.out) == (model, student, healed)
-    assert distill.text == ["<script>alert(1)</script>.txt", "two words.md"]
+    assert (refit.student_dir, refit.teacher, refit.out) == (student, model, fitted)
+    assert (distill.teacher, distill.student, distill.out) == (model, fitted, healed)
+    assert refit.text == distill.text == ["<script>alert(1)</script>.txt", "two words.md"]
     assert (evaluate.model, evaluate.against) == (f"{healed}/student", model)
     assert (export.model_dir, export.out) == (f"{healed}/student", f"{healed}.onnx")
 

@@ -31,12 +31,14 @@ class Choice:
         ratio: Followers / layers wanted, for `cost` and `paper`.
         max_kl: The most that the plan may cost, nats a token, for `cost`.
         min_similarity: Of a follower to its source, for `threshold`.
+        refit: Whether a plan costs what it does once its followers are re-fitted, for `cost`.
     """
 
     method: Method
     ratio: float | None = None
     max_kl: float | None = None
     min_similarity: float | None = None
+    refit: bool = False
 
     @classmethod
     def of(
@@ -46,6 +48,7 @@ class Choice:
         ratio: float | None = None,
         max_kl: float | None = None,
         min_similarity: float | None = None,
+        refit: bool = False,
     ) -> Choice:
         """Check what goes with what, and fill in the default ratio of `cost`.
 
@@ -74,9 +77,11 @@ class Choice:
             raise AnalysisError(f"a KL of at most {max_kl:g} leaves no plan; give more than 0")
         if min_similarity is not None and not 0 <= min_similarity <= 1:
             raise AnalysisError(f"a similarity of {min_similarity:g} is outside 0 to 1")
+        if refit and method != "cost":
+            raise AnalysisError(f"--refit does not go with the method {method}, but with cost")
         if method == "cost" and not given:
             ratio = _DEFAULT_RATIO
-        return cls(method, ratio, max_kl, min_similarity)
+        return cls(method, ratio, max_kl, min_similarity, refit)
 
     def check(self, architecture: DecoderArchitecture) -> None:
         """Check the ratio against a model.
@@ -109,9 +114,10 @@ class Choice:
     def in_words(self) -> str:
         """How the plan was chosen, for a reader."""
         if self.method == "cost":
+            fitted = ", re-fitted" if self.refit else ""
             if self.ratio is None:
-                return f"The most followers within a KL of {self.max_kl:g} nats a token"
-            return f"The cheapest measured plan for a sharing ratio of {self.ratio:.0%}"
+                return f"The most followers within a KL of {self.max_kl:g} nats a token{fitted}"
+            return f"The cheapest measured plan for a sharing ratio of {self.ratio:.0%}{fitted}"
         if self.method == "threshold":
             return f"Layers follow a source that they are at least {self.min_similarity:g} like"
         where = "at the largest gap" if self.ratio is None else f"where {self.ratio:.0%} follow"

@@ -105,6 +105,7 @@ class AnalysisReport:
         alignment: How the followers' heads line up, one entry a follower; None if they were left
             as they stood.
         calibration_windows: Samples that costs were measured on.
+        refit: Whether costs are those of re-fitted followers.
         created: When, ISO 8601 in UTC.
         seconds: Wall time of the whole.
     """
@@ -123,6 +124,7 @@ class AnalysisReport:
     sink: SinkFinding | None
     alignment: Sequence[HeadAlignment] | None
     calibration_windows: int
+    refit: bool
     created: str
     seconds: float
 
@@ -134,6 +136,7 @@ class AnalysisReport:
             "checkpoint_digest": similarity.checkpoint_digest,
             "text_digest": similarity.text_digest,
             "calibration_windows": self.calibration_windows,
+            "refit": self.refit,
             "length": similarity.length,
             "seed": similarity.seed,
         }

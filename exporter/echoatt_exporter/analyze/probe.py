@@ -21,6 +21,7 @@ from echoatt_exporter.analyze.measured import Measured
 from echoatt_exporter.analyze.sweep import StudentSweep
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.errors import AnalysisError
+from echoatt_exporter.refit.pair_fits import PairFits
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_runtime.contract import SharingPlan
 from echoatt_runtime.measures import perplexity
@@ -79,17 +80,23 @@ class PlanProbe:
         teacher_perplexity: Of the windows' own next tokens.
         windows: Token ids, int64 [W, T].
         measured: What was measured so far.
+        fits: Followers' output projections; None where they have their own.
     """
 
     def __init__(
-        self, teacher: PreTrainedModel, windows: torch.Tensor, measured: Measured | None = None
+        self,
+        teacher: PreTrainedModel,
+        windows: torch.Tensor,
+        measured: Measured | None = None,
+        fits: PairFits | None = None,
     ) -> None:
         """Run the teacher once.
 
         Args:
             teacher: A decoder of a supported family, on any device.
             windows: Token ids, int64 [windows, tokens]; at least two of each.
-            measured: What an earlier probe of the same teacher and windows measured.
+            measured: What an earlier probe of the same teacher, windows and fits measured.
+            fits: Followers' output projections; by default they have their own.
 
         Raises:
             UnsupportedModelError: The teacher's family is not supported.
@@ -101,7 +108,8 @@ class PlanProbe:
         self._check(windows)
         self.windows = windows
         self.measured = Measured() if measured is None else measured
-        self._sweep = StudentSweep(teacher)
+        self.fits = fits
+        self._sweep = StudentSweep(teacher, fits)
         self._head = head_of(teacher)
         per_batch = max(1, _BATCH_TOKENS // windows.shape[1])
         self._batches = torch.split(windows.to(teacher.device), per_batch)

@@ -156,17 +156,21 @@ def _ranking(report: AnalysisReport) -> list[dict[str, Any]]:
 def _steps(report: AnalysisReport) -> list[dict[str, str]]:
     """The commands that go from here to a verified bundle."""
     out, model, texts = report.out, report.model_dir, report.text_paths
-    student, healed = (out.with_name(f"{out.name}-{kind}") for kind in ("student", "healed"))
+    student, fitted, healed = (
+        out.with_name(f"{out.name}-{kind}") for kind in ("student", "fitted", "healed")
+    )
 
     def command(line: str, *words: str | Path) -> str:
         return " ".join([line, *(shlex.quote(str(word)) for word in words)])
 
     share = command("echoatt share", model, student, "--plan", out / PLAN)
-    distill = command("echoatt distill --teacher", model, "--student", student, "--text", *texts)
+    refit = command("echoatt refit", student, fitted, "--teacher", model, "--text", *texts)
+    distill = command("echoatt distill --teacher", model, "--student", fitted, "--text", *texts)
     trained = healed / "student"  # where `echoatt distill` leaves it
     evaluate = command("echoatt evaluate", trained, "--against", model)
     commands = {
         "Copy: build the student": share,
+        "Re-fit it: minutes, in closed form": refit,
         "Adjust: heal it by distillation": command(distill, "--out", healed),
         "Judge it on text that it was neither chosen nor trained on": f"{evaluate} --text TEXT",
         "Export it as a verified ONNX bundle": command("echoatt-export", trained, f"{healed}.onnx"),

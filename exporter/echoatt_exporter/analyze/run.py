@@ -26,7 +26,7 @@ from echoatt_exporter.analyze.progress import Progress
 from echoatt_exporter.analyze.publish import check_free, published
 from echoatt_exporter.analyze.save import save_analysis
 from echoatt_exporter.analyze.screen import PairScreen
-from echoatt_exporter.analyze.search import screen_for, search_plans
+from echoatt_exporter.analyze.search import pair_plans, screen_for, search_plans
 from echoatt_exporter.analyze.select import (
     kept_without_first,
     layer_importance,
@@ -37,6 +37,7 @@ from echoatt_exporter.analyze.similarity import HeadSimilarity, LayerSimilarity
 from echoatt_exporter.architecture import architecture_of
 from echoatt_exporter.devices import check_torch_device
 from echoatt_exporter.errors import AnalysisError, TextError
+from echoatt_exporter.refit.pair_fits import PairFits, fit_pairs
 from echoatt_exporter.share.checkpoint import load_teacher
 from echoatt_exporter.share.outline import read_teacher_outline
 from echoatt_exporter.share.weight_files import checkpoint_digest
@@ -45,6 +46,9 @@ from echoatt_runtime.contract import SharingPlan
 
 # What a new token reads is counted at this context, or the model's own if that is shorter
 _DECODE_CONTEXT = 4096
+
+# Of the samples, what pairs are fitted on at most
+_FIT_TOKENS = 12_288
 
 # What progress is kept under
 _SAMPLES, _SCREEN = "samples", "screen"
@@ -67,6 +71,7 @@ def analyze_model(
     max_kl: float | None = None,
     min_similarity: float | None = None,
     align_heads: bool = True,
+    refit: bool = False,
     length: int = 512,
     samples: int = 200,
     calibration_windows: int = 16,
@@ -96,6 +101,8 @@ def analyze_model(
         max_kl: Share as much as costs at most this KL, nats a token; for `cost`.
         min_similarity: Of a follower to its source, 0 to 1; for `threshold`, which needs it.
         align_heads: Line the followers' heads up with their sources'.
+        refit: Judge plans by what they cost once each follower's attention is re-fitted, on samples
+            that costs are not measured on; for `cost`.
         length: Tokens of a sample.
         samples: Samples for the similarity; fewer are taken if the text holds no more.
         calibration_windows: How many of the samples costs are measured on.
@@ -105,7 +112,7 @@ def analyze_model(
         trust_remote_code: Run code that the checkpoint brings.
         on_step: Told (step, done, total) as the analysis goes on; the steps are `load`, `resumed`
             (with the plans that are measured already), `samples`, and, by cost, `screen`, `pairs`,
-            `plans` and `best plans`.
+            `plans` and `best plans`, with `refit` also `fits`.
 
     Returns:
         What was found and written.
@@ -114,7 +121,9 @@ def analyze_model(
         EchoAttError: Bad input, typed and in one line; nothing was written but progress.
     """
     start = time.perf_counter()
-    choice = Choice.of(method, ratio=ratio, max_kl=max_kl, min_similarity=min_similarity)
+    choice = Choice.of(
+        method, ratio=ratio, max_kl=max_kl, min_similarity=min_similarity, refit=refit
+    )
     if samples < 2 or calibration_windows < 2:
         raise AnalysisError("give at least two samples and two calibration windows")
     source, target = Path(model_dir), Path(out)
@@ -148,6 +157,7 @@ def analyze_model(
         "length": length,
         "calibration_windows": calibration_windows,
         "align_heads": align_heads,
+        "refit": refit,
         "device": device,
         "versions": {name: version(name) for name in ("echoatt", "torch", "transformers")},
     }
@@ -158,8 +168,9 @@ def analyze_model(
         similarity, heads = _compare(
             teacher, windows, progress, on_step, model=source.resolve().name, seed=seed, **digests
         )
-        probe = PlanProbe(teacher, windows[:calibration_windows], progress.measured)
         aligning = heads if align_heads else None
+        fits = _fit(teacher, windows[calibration_windows:], aligning, on_step) if refit else None
+        probe = PlanProbe(teacher, windows[:calibration_windows], progress.measured, fits)
         chosen, search, sink = _choose(choice, probe, similarity, aligning, progress, on_step)
         report = AnalysisReport(
             model_dir=source,
@@ -176,6 +187,7 @@ def analyze_model(
             sink=sink,
             alignment=None if aligning is None else head_alignment(chosen.plan, aligning),
             calibration_windows=min(len(windows), calibration_windows),
+            refit=refit,
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             seconds=time.perf_counter() - start,
         )
@@ -210,6 +222,26 @@ def _compare(
         on_step("samples", done, len(windows))
 
     return measure_similarity(teacher, windows, sums=sums, on_sample=on_sample, **record)
+
+
+def _fit(
+    teacher: PreTrainedModel,
+    windows: torch.Tensor,
+    heads: HeadSimilarity | None,
+    on_step: OnStep,
+) -> PairFits:
+    """Fit every pair."""
+    if not len(windows):
+        raise TextError(
+            "too little text: costs are measured on all samples of it, and a re-fit takes others;"
+            " give more text, fewer --calibration-windows, or a smaller length"
+        )
+    windows = windows[: max(1, _FIT_TOKENS // windows.shape[1])].to(teacher.device)
+
+    def on_layer(done: int, total: int) -> None:
+        on_step("fits", done, total)
+
+    return fit_pairs(teacher, windows, pair_plans(architecture_of(teacher.config), heads), on_layer)
 
 
 def _choose(

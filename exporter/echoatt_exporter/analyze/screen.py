@@ -1,6 +1,6 @@
 """What every pair may cost, and every plan, from a few gradients of the teacher.
 
-A follower's attention output differs from its own by some d. To second order that costs a
+What a follower's attention gives differs from its own by some d. To second order that costs a
 divergence of ½ E[(g·d)²], where g is the gradient at that output of the log-probability of tokens
 drawn from the teacher's own predictions: the Fisher information of those predictions (Amari 1998;
 with drawn labels as in Kunstner et al. 2019, arXiv 1905.12558). Taken token by token, as here, it
@@ -15,7 +15,7 @@ once, V vocabulary, H query heads, N key/value heads, D head size, P pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from echoatt_exporter.families import family_of
+from echoatt_exporter.refit.pair_fits import PairFits
+from echoatt_exporter.refit.projection_calls import recording
 from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.lm_head import Head, head_of
 from echoatt_exporter.share.loans import Loan, context, own_order, values_for
@@ -65,6 +68,7 @@ def screen_pairs(
     plans: Sequence[SharingPlan],
     *,
     seed: int = 0,
+    fits: PairFits | None = None,
     begun: tuple[int, NDArray[np.float64]] | None = None,
     on_batch: OnScreened | None = None,
 ) -> PairScreen:
@@ -75,6 +79,7 @@ def screen_pairs(
         windows: Token ids, int64 [windows, tokens]; some thousand tokens of them are used.
         plans: The pairs: plans with one follower each, whose heads may be reordered.
         seed: Of the draws.
+        fits: Followers' output projections; by default they have their own.
         begun: Windows done by an earlier call of the same arguments, and their sum, as
             `on_batch` was told.
         on_batch: Called after each batch of windows.
@@ -88,7 +93,7 @@ def screen_pairs(
             batch_BT = windows[start : start + per_batch]
             # Each batch draws for itself, so that it does not matter which was the first
             generator = torch.Generator(teacher.device).manual_seed(seed * len(windows) + start)
-            gram_PP = gram_PP + _gram_of(teacher, batch_BT, plans, generator)
+            gram_PP = gram_PP + _gram_of(teacher, batch_BT, plans, fits, generator)
             if on_batch is not None:
                 on_batch(start + len(batch_BT), len(windows), gram_PP)
     pairs = [(layer, plan.sources[layer]) for plan in plans for layer in plan.followers]
@@ -99,21 +104,28 @@ def _gram_of(
     teacher: PreTrainedModel,
     batch_BT: torch.Tensor,
     plans: Sequence[SharingPlan],
+    fits: PairFits | None,
     generator: torch.Generator,
 ) -> NDArray[np.float64]:
     """Float64 [P, P]: products of pairs' g·d, summed over draws and tokens."""
     attention = _Recorder()
     body = getattr(teacher, teacher.base_model_prefix)
-    with torch.enable_grad():
+    family = family_of(teacher.config)
+    own = [family.output_of(family.attention_of(layer)) for layer in family.layers_of(teacher)]
+    with torch.enable_grad(), ExitStack() as stack:
+        calls = [stack.enter_context(recording(projection)) for projection in own]
         output_BTE = body(
             input_ids=batch_BT, use_cache=False, shared_attention=attention
         ).last_hidden_state
     drawn_KBTE = _drawn_gradients(head_of(teacher), output_BTE, generator)
     gradients = [
-        torch.autograd.grad(output_BTE, attention.contexts, drawn_BTE, retain_graph=True)
+        torch.autograd.grad(
+            output_BTE, [call.output for call in calls], drawn_BTE, retain_graph=True
+        )
         for drawn_BTE in drawn_KBTE
     ]
     del drawn_KBTE, output_BTE
+    given = [call.output.detach() for call in calls]
     effects = torch.empty((len(plans), _DRAWS, *batch_BT.shape), device=batch_BT.device)
     # By source: its probabilities serve all its followers
     with torch.no_grad():
@@ -126,9 +138,10 @@ def _gram_of(
                 order = plans[number].head_order(layer)
                 value_BNTD = values_for(attention.values[layer], order)
                 changed_BTHD = own_order(context(probabilities_BHTT, value_BNTD), order)
-                change_BTHD = changed_BTHD - attention.contexts[layer]
+                output = own[layer] if fits is None else fits.of(layer, source, own[layer])
+                change_BTE = output(changed_BTHD.flatten(2)) - given[layer]
                 for draw, by_layer in enumerate(gradients):
-                    effects[number, draw] = (by_layer[layer] * change_BTHD).sum(dim=(2, 3))
+                    effects[number, draw] = (by_layer[layer] * change_BTE).sum(dim=2)
     effects_PM = effects.flatten(1)
     return (effects_PM @ effects_PM.T).cpu().numpy().astype(np.float64)
 
@@ -163,13 +176,11 @@ class _Recorder:
     Attributes:
         loans: Each layer's attention without values.
         values: Each layer's [B, N, T, D].
-        contexts: Each layer's attention output [B, T, H, D], part of the graph.
     """
 
     def __init__(self) -> None:
         self.loans: list[Loan] = []
         self.values: list[torch.Tensor] = []
-        self.contexts: list[torch.Tensor] = []
 
     def attend(
         self,
@@ -187,9 +198,8 @@ class _Recorder:
         seen = None if mask is None else mask[:1]
         loan = Loan(query_BHSD, key_BNTD, seen, scaling, softcap)
         context_BTHD = loan.attend(value_BNTD)
-        if not self.contexts:  # nothing in front of the first needs a gradient
+        if not self.loans:  # nothing in front of the first needs a gradient
             context_BTHD = context_BTHD.detach().requires_grad_()
-        self.contexts.append(context_BTHD)
         self.values.append(value_BNTD.detach())
         self.loans.append(Loan(query_BHSD.detach(), key_BNTD.detach(), seen, scaling, softcap))
         return context_BTHD

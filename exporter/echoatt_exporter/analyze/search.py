@@ -127,11 +127,24 @@ def screen_for(
         begun: As in `screen_pairs`.
         on_batch: As in `screen_pairs`.
     """
-    architecture = probe.architecture
+    plans = pair_plans(probe.architecture, head_similarity)
+    return screen_pairs(
+        probe.teacher, probe.windows, plans, fits=probe.fits, begun=begun, on_batch=on_batch
+    )
+
+
+def pair_plans(
+    architecture: DecoderArchitecture, head_similarity: HeadSimilarity | None = None
+) -> list[SharingPlan]:
+    """A plan of one follower for every admissible pair.
+
+    Args:
+        architecture: The teacher's.
+        head_similarity: As in `search_plans`.
+    """
     plan_of = _plan_maker(architecture, head_similarity)
     pairs = admissible_pairs(architecture.sharing_kinds)
-    plans = [plan_of(alone(pair, architecture.num_layers)) for pair in pairs]
-    return screen_pairs(probe.teacher, probe.windows, plans, begun=begun, on_batch=on_batch)
+    return [plan_of(alone(pair, architecture.num_layers)) for pair in pairs]
 
 
 def _plan_maker(

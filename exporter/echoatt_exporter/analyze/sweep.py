@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from echoatt_exporter.families import family_of
+from echoatt_exporter.refit.pair_fits import PairFits
 from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.loans import Loan, own_order, values_for
 from echoatt_exporter.share.modeling_echoatt import FollowerAttention
@@ -46,15 +47,19 @@ class _State:
 
 # States, each with the row of the one that it comes from
 _Rows = list[tuple[int, _State]]
-# Gives a layer, which has this number, a follower's attention for as long as it lasts
-_Follow = Callable[[nn.Module, int], AbstractContextManager[None]]
+# Gives a layer, which has this number, the attention of a source's follower for as long as it lasts
+_Follow = Callable[[nn.Module, int, int], AbstractContextManager[None]]
 
 
 class StudentSweep:
     """Runs students on one loaded teacher, which is as it was after every run."""
 
-    def __init__(self, teacher: PreTrainedModel) -> None:
+    def __init__(self, teacher: PreTrainedModel, fits: PairFits | None = None) -> None:
         """Take a teacher of a supported family.
+
+        Args:
+            teacher: The model.
+            fits: Followers' output projections; by default they have their own.
 
         Raises:
             UnsupportedModelError: Its family is not supported.
@@ -62,7 +67,8 @@ class StudentSweep:
         self._teacher = teacher
         self._family = family_of(teacher.config)
         self._layers = self._family.layers_of(teacher)
-        self._followers: dict[int, FollowerAttention] = {}
+        self._fits = fits
+        self._followers: dict[tuple[int, int], FollowerAttention] = {}
 
     @torch.no_grad()
     def run(self, windows_BT: torch.Tensor, plans: Sequence[SharingPlan]) -> list[torch.Tensor]:
@@ -95,14 +101,17 @@ class StudentSweep:
                 self._layers[index] = layer
 
     @contextmanager
-    def _follow(self, layer: nn.Module, index: int) -> Iterator[None]:
+    def _follow(self, layer: nn.Module, index: int, source: int) -> Iterator[None]:
         """Give a layer a follower's attention, and take it back."""
         attention = self._family.attention_of(layer)
-        if index not in self._followers:
-            made = self._family.follower_of(attention, self._teacher.config)
-            self._followers[index] = made.eval()
+        pair = index, source
+        if pair not in self._followers:
+            made = self._family.follower_of(attention, self._teacher.config).eval()
+            if self._fits is not None:
+                made.o_proj = self._fits.of(index, source, made.o_proj)
+            self._followers[pair] = made
         try:
-            setattr(layer, self._family.attention, self._followers[index])
+            setattr(layer, self._family.attention, self._followers[pair])
             yield
         finally:
             setattr(layer, self._family.attention, attention)
@@ -121,10 +130,10 @@ class _Branches:
         self.running: list[_State] = []  # those whose rows are in the layer that runs
         self._lending = [plan.shared_sources for plan in plans]
 
-    def divide(self, layer: int) -> tuple[_Rows, _Rows]:
-        """The states behind a layer: those in which it attends itself, and those it follows in."""
+    def divide(self, layer: int) -> tuple[_Rows, dict[int, _Rows]]:
+        """The states behind a layer: those in which it attends itself, and by source the others."""
         own: _Rows = []
-        following: _Rows = []
+        following: dict[int, _Rows] = {}
         for row, parent in enumerate(self.states):
             by_choice: dict[tuple[int, Sequence[int]], list[int]] = {}
             for number in parent.plans:
@@ -134,7 +143,8 @@ class _Branches:
             for (source, _), numbers in by_choice.items():
                 wanted = {s for number in numbers for s in self.plans[number].sources[layer:]}
                 loans = {s: loan for s, loan in parent.loans.items() if s in wanted}
-                (own if source == layer else following).append((row, _State(numbers, loans)))
+                some = own if source == layer else following.setdefault(source, [])
+                some.append((row, _State(numbers, loans)))
         return own, following
 
     def attend(
@@ -188,10 +198,12 @@ class _BranchingLayer(nn.Module):
         hidden_CBTE = hidden_RTE.view(len(states), -1, *hidden_RTE.shape[1:])
         own, following = self._branches.divide(self._index)
         outputs = list(self._run(own, hidden_CBTE, arguments, kwargs))
-        if following:
-            with self._follow(self._layer, self._index):
-                outputs += self._run(following, hidden_CBTE, arguments, kwargs)
-        self._branches.states = [state for _, state in (*own, *following)]
+        rows = list(own)
+        for source, some in following.items():
+            with self._follow(self._layer, self._index, source):
+                outputs += self._run(some, hidden_CBTE, arguments, kwargs)
+            rows += some
+        self._branches.states = [state for _, state in rows]
         return torch.cat(outputs)
 
     def _run(

@@ -35,6 +35,19 @@ class _Call:
     keywords: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a layer's attention could be made of.
+
+    Attributes:
+        loans: By earlier layer, what it lends.
+        values: The layer's own, [B, N, T, D].
+    """
+
+    loans: Mapping[int, Loan]
+    values: torch.Tensor
+
+
 class LayerWalk:
     """One decoder and the states of some windows in front of one of its layers.
 
@@ -44,7 +57,11 @@ class LayerWalk:
     """
 
     def __init__(
-        self, decoder: PreTrainedModel, sources: Sequence[int], windows_WT: torch.Tensor
+        self,
+        decoder: PreTrainedModel,
+        sources: Sequence[int],
+        windows_WT: torch.Tensor,
+        last_borrowers: Mapping[int, int] | None = None,
     ) -> None:
         """Stand in front of the first layer.
 
@@ -52,6 +69,8 @@ class LayerWalk:
             decoder: A student's `decoder`, or its teacher, inside `lending_attention`.
             sources: The student's sharing plan.
             windows_WT: Token ids, int64.
+            last_borrowers: By source the last layer that its attention is kept for; by default its
+                last follower.
         """
         W, T = windows_WT.shape
         self.layer = 0
@@ -61,7 +80,9 @@ class LayerWalk:
         self._decoder = decoder
         self._sources = sources
         self._layers = family_of(decoder.config).layers_of(decoder)
-        self._last_follower = {s: layer for layer, s in enumerate(sources) if layer != s}
+        if last_borrowers is None:
+            last_borrowers = {s: layer for layer, s in enumerate(sources) if layer != s}
+        self._last_borrowers = last_borrowers
         self._loans: dict[int, _SpilledLoans] = {}
         self._calls: dict[int, list[_Call]] = {}
         self._states: SpilledTensor | None = None
@@ -86,11 +107,18 @@ class LayerWalk:
         layer = self._layers[self.layer] if instead is None else instead
         return self._run_layer(self.layer, layer, self.states(rows), self._attention(rows))
 
+    def look(self, rows: slice) -> Look:
+        """Run the next layer, which must be a source, for what attention there is made of."""
+        attention = self._attention(rows)
+        self._run_layer(self.layer, self._layers[self.layer], self.states(rows), attention)
+        loans = {source: spilled.read(rows) for source, spilled in self._loans.items()}
+        return Look(loans, attention.values[self.layer])
+
     def advance(self) -> None:
         """Take all windows through the next layer."""
         assert self._states is not None  # noqa: S101 - there is at least one window
         layer = self.layer
-        lends = layer in self._last_follower
+        lends = layer in self._last_borrowers
         spilled = _SpilledLoans(len(self.windows_WT)) if lends else None
         for rows in self.batches:
             attention = self._attention(rows)
@@ -100,7 +128,7 @@ class LayerWalk:
                 spilled.write(rows, attention.loans[layer])
         if spilled is not None:
             self._loans[layer] = spilled
-        for source in [s for s in self._loans if self._last_follower[s] <= layer]:
+        for source in [s for s in self._loans if self._last_borrowers[s] <= layer]:
             del self._loans[source]
         self.layer += 1
 
@@ -197,12 +225,14 @@ class _WalkingAttention:
 
     Attributes:
         loans: By layer, what sources computed in this run.
+        values: By layer, sources' values, [B, N, T, D].
     """
 
     sources: Sequence[int]
     behind: Mapping[int, _SpilledLoans]
     rows: slice
     loans: dict[int, Loan] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -221,6 +251,7 @@ class _WalkingAttention:
         # No window is padded, so that all rows see alike
         seen = None if mask is None else mask[:1]
         loan = self.loans[layer] = Loan(query_BHSD, key_BNTD, seen, scaling, softcap)
+        self.values[layer] = value_BNTD
         return loan.attend(value_BNTD)
 
     def follow(self, module: FollowerAttention, value_BNTD: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from echoatt_exporter.families.projections import weight_out_in
+from echoatt_exporter.refit.spilled import SpilledTensor
 
 Projection = nn.Linear | Conv1D
 
@@ -45,11 +47,6 @@ def recording(projection: Projection) -> Iterator[Recorded]:
         hook.remove()
 
 
-def with_ones(inputs_BTK: torch.Tensor) -> torch.Tensor:
-    """Inputs with one more that is always 1, whose weight is a bias."""
-    return torch.cat([inputs_BTK, torch.ones_like(inputs_BTK[..., :1])], dim=-1)
-
-
 def add_to(projection: Projection, change_NK: torch.Tensor, dtype: torch.dtype) -> None:
     """Change a weight, and by a last column the bias if there is one.
 
@@ -66,3 +63,20 @@ def add_to(projection: Projection, change_NK: torch.Tensor, dtype: torch.dtype) 
     if projection.bias is not None:
         bias_N = (projection.bias.double() + change_NK[:, size]).to(dtype).to(weight_NK.dtype)
         projection.bias = nn.Parameter(bias_N, projection.bias.requires_grad)
+
+
+def changed_copy(projection: Projection, change_NK: torch.Tensor) -> Projection:
+    """A projection with another weight, which lies in a file, and everything else the same.
+
+    Args:
+        projection: Left as it is.
+        change_NK: As in `add_to`.
+    """
+    changed = copy.copy(projection)
+    # The shallow copy has the very same dictionary
+    changed._parameters = dict(projection._parameters)  # noqa: SLF001
+    add_to(changed, change_NK, projection.weight.dtype)
+    spilled = SpilledTensor(changed.weight.shape, changed.weight.dtype)
+    spilled.values.copy_(changed.weight)
+    changed.weight = nn.Parameter(spilled.values, requires_grad=False)
+    return changed

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from echoatt_exporter.analyze.divergence import divergences
 from echoatt_exporter.families import Family, family_of
-from echoatt_exporter.families.projections import is_projection, weight_out_in
+from echoatt_exporter.families.projections import is_projection
 from echoatt_exporter.refit.layer_walk import LayerWalk
-from echoatt_exporter.refit.least_squares import LeastSquares
-from echoatt_exporter.refit.projection_calls import Projection, add_to, recording, with_ones
+from echoatt_exporter.refit.projection_calls import Projection, add_to, recording
+from echoatt_exporter.refit.weighted_fit import WeightedFit
 from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.modeling_echoatt import EchoAttForCausalLM
@@ -236,48 +236,24 @@ def _fit_alone(
             wanted, projection = (
                 family.output_of(family.attention_of(layer)) for layer in (own, follower)
             )
-            sums = _Sums(projection)
+            squares = WeightedFit(projection)
             with recording(wanted) as aim, recording(projection) as call:
                 for rows in walk.batches:
                     walk.run(rows)
                     walk.run(rows, follower)
-                    sums.add(call.input, aim.output - call.output, aim.output)
-            fits.append(sums.fit(index, ALONE, dtype))
+                    squares.add(call.input, aim.output - call.output, aim.output)
+            fits.append(_solved(squares, index, ALONE, dtype))
         walk.advance()
     return fits
 
 
-class _Sums:
-    """A regression for one projection."""
-
-    def __init__(self, projection: Projection) -> None:
-        outputs, inputs = weight_out_in(projection).shape
-        self._projection = projection
-        self._has_bias = projection.bias is not None
-        device = projection.weight.device
-        self._squares = LeastSquares(inputs + self._has_bias, outputs, device)
-
-    def add(
-        self, inputs_BTK: torch.Tensor, missing_BTN: torch.Tensor, aim_BTN: torch.Tensor
-    ) -> None:
-        """Sum some tokens: what goes in, what is missing, and what of."""
-        if self._has_bias:
-            inputs_BTK = with_ones(inputs_BTK)
-        # Norms come behind: what is missing matters by its share of what should be there. Without
-        # this the first token would decide, whose state is a hundred times the others' in many
-        # models.
-        weight_BT1 = aim_BTN.square().mean(dim=-1, keepdim=True).rsqrt()
-        self._squares.add(
-            (inputs_BTK * weight_BT1).flatten(0, 1), (missing_BTN * weight_BT1).flatten(0, 1)
-        )
-
-    def fit(self, layer: int, part: str, dtype: torch.dtype) -> Fit:
-        """Solve, and give the projection its new weight."""
-        found = self._squares.solve()
-        fit = Fit(layer, part, found.left, found.ridge, self._squares.is_starved)
-        if fit.learned:
-            add_to(self._projection, found.change, dtype)
-        return fit
+def _solved(squares: WeightedFit, layer: int, part: str, dtype: torch.dtype) -> Fit:
+    """Solve, and give the projection its new weight."""
+    found = squares.solve()
+    fit = Fit(layer, part, found.left, found.ridge, squares.is_starved)
+    if fit.learned:
+        add_to(squares.projection, found.change, dtype)
+    return fit
 
 
 class _Judge:
@@ -337,7 +313,7 @@ class _Models:
         teacher, student = self._walks
         of_teacher, of_student = (self._parts(layers) for layers in self._layers)
         scale = self._scale
-        sums = _Sums(of_student[part])
+        squares = WeightedFit(of_student[part])
         with recording(of_teacher[part]) as aimed, recording(of_student[part]) as call:
             for rows in teacher.batches:
                 teacher_BTE, student_BTE = teacher.run(rows), student.run(rows)
@@ -349,8 +325,8 @@ class _Models:
                     before_BTE = teacher.states(rows)
                     aim_BTN = before_BTE + scale * aim_BTN
                     missing_BTN = missing_BTN + (before_BTE - student.states(rows)) / scale
-                sums.add(call.input, missing_BTN, aim_BTN)
-        return sums.fit(student.layer, part, dtype)
+                squares.add(call.input, missing_BTN, aim_BTN)
+        return _solved(squares, student.layer, part, dtype)
 
     def _parts(self, layers: nn.ModuleList) -> dict[str, Projection]:
         return _parts(self._family, layers[self._walks[0].layer])

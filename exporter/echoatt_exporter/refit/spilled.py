@@ -37,6 +37,11 @@ class SpilledTensor:
             flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
         self._values = flat.view(self.shape)
 
+    @property
+    def values(self) -> torch.Tensor:
+        """All of it, where it lies."""
+        return self._values
+
     def read(self, rows: slice) -> torch.Tensor:
         """A copy of some windows."""
         return self._values[rows].clone()
