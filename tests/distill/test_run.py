@@ -268,7 +268,7 @@ def test_a_disk_that_refuses_is_one_line(
 def test_another_models_student_is_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     wider = save_teacher(tmp_path / "wider", hidden_size=48)
     with pytest.raises(
-        TrainingError, match=r"not this student's teacher: .* hidden_size 48 and 32\b"
+        CheckpointError, match=r"not this student's teacher: .* hidden_size 48 and 32\b"
     ):
         distill(wider, inputs[1], [inputs[2]], tmp_path / "out", CONFIG)
     with pytest.raises(CheckpointError, match="is a student; a teacher is needed here"):

@@ -145,6 +145,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(
     [
         ({"student_dir": "{teacher}"}, CheckpointError, "is not a student; make one with"),
         ({"teacher_dir": "{student}"}, CheckpointError, "is a student"),
+        ({"teacher_dir": "{other}"}, CheckpointError, "is not this student's teacher"),
         ({"text_paths": ["{tmp}/short.txt"]}, TextError, "too little text"),
         ({"out": "{student}"}, OutputExistsError, "exists; remove it"),
     ],
@@ -160,7 +161,8 @@ def test_bad_input_is_refused_and_nothing_is_left(
     student, teacher = directories
     (tmp_path / "short.txt").write_text("Once upon a time there was a dog. " * 40)
     before = sorted(tmp_path.iterdir())
-    places = {"student": student, "teacher": teacher, "tmp": tmp_path}
+    other = shared_dir / "models" / "books12"
+    places = {"student": student, "teacher": teacher, "tmp": tmp_path, "other": other}
 
     def put(value: Any) -> Any:
         one = isinstance(value, str)

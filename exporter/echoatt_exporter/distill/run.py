@@ -105,7 +105,7 @@ def distill(
         TrainingError: `out` holds another run, or the configuration does not fit the model.
         DivergedError: The loss or a gradient is not a number.
         TextError: Unreadable texts, or too little for one step.
-        CheckpointError: A model directory that cannot be read.
+        CheckpointError: A model directory that cannot be read, or not this student's teacher's.
         UnsupportedModelError: A model that cannot be shared.
     """
     config = config or DistillConfig()
