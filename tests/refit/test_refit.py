@@ -17,11 +17,13 @@ from echoatt_exporter.families import family_of
 from echoatt_exporter.refit.layer_walk import LayerWalk
 from echoatt_exporter.refit.refit import ALONE, refit_student
 from echoatt_exporter.refit.run import refit
+from echoatt_exporter.refit.spilled import SpilledTensor
 from echoatt_exporter.share.apply import share_attention
 from echoatt_exporter.share.lending_attention import lending_attention
 from echoatt_exporter.share.lm_head import head_of
 from echoatt_exporter.share.recomputed_attention import RECOMPUTED_NAME
 from echoatt_exporter.share.save import save_student
+from echoatt_runtime.errors import OutOfMemoryError
 
 FLOAT = torch.float32
 
@@ -104,6 +106,26 @@ def test_weights_that_help_nobody_are_not_kept() -> None:
     assert report.unchanged == [2]
     assert all(torch.equal(weight, before[n]) for n, weight in student.state_dict().items())
     assert report.kl == report.kl_before
+
+
+@torch.no_grad()
+def test_attention_that_gives_nothing_is_left_as_it_is() -> None:
+    """As in checkpoints that were made deeper: there is nothing to be a share of."""
+    teacher = build_tiny_model("llama")
+    teacher.model.layers[2].self_attn.o_proj.weight.zero_()
+    student = share_attention(copy.deepcopy(teacher), SharingPlan((0, 1, 1, 1, 4, 5)))
+    report = refit_student(student, teacher, _windows(24), _windows(4), dtype=FLOAT)
+    assert 0 < report.kl < report.kl_before
+    assert 2 in report.unchanged
+
+
+def test_states_that_find_no_room_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutOfMemoryError, match=r"no room for 96 bytes in .*TMPDIR"):
+        SpilledTensor((2, 3, 4), torch.float32)
 
 
 @pytest.fixture

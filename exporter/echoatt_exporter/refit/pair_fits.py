@@ -80,9 +80,8 @@ def fit_pairs(
                 for pair, fit in fits.items():
                     order = orders[pair]
                     value_BNTD = values_for(look.values, order)
-                    context_BTK = own_order(look.loans[pair[1]].attend(value_BNTD), order).flatten(
-                        2
-                    )
+                    context_BTHD = own_order(look.loans[pair[1]].attend(value_BNTD), order)
+                    context_BTK = context_BTHD.flatten(2)
                     fit.add(context_BTK, call.output - own(context_BTK), call.output)
             for pair, fit in fits.items():
                 found = fit.solve()

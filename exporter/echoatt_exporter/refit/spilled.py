@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from echoatt_runtime.errors import OutOfMemoryError, one_line
+
 
 class SpilledTensor:
     """A tensor over windows in a temporary file without a name, which ends with the object.
@@ -27,14 +29,19 @@ class SpilledTensor:
             dtype: Of its elements.
 
         Raises:
-            OSError: There is no room for it.
+            OutOfMemoryError: There is no room for it.
         """
         self.shape = tuple(shape)
-        with tempfile.NamedTemporaryFile(prefix="echoatt-") as file:
-            # Room that is only found to be missing when it is written to would end the process
-            size = math.prod(self.shape)
-            _reserve(file.fileno(), size * dtype.itemsize)
-            flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        size = math.prod(self.shape)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="echoatt-") as file:
+                _reserve(file.fileno(), size * dtype.itemsize)
+                flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        except OSError as error:
+            raise OutOfMemoryError(
+                f"there is no room for {size * dtype.itemsize:,} bytes in {tempfile.gettempdir()}"
+                f" ({one_line(error)}); free some, or name another folder in TMPDIR"
+            ) from error
         self._values = flat.view(self.shape)
 
     @property
@@ -52,4 +59,8 @@ class SpilledTensor:
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
-    os.posix_fallocate(descriptor, 0, max(1, nbytes))
+    """Take room: where it is only found to be missing when it is written to, the process ends."""
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        os.posix_fallocate(descriptor, 0, max(1, nbytes))
+    else:
+        os.ftruncate(descriptor, nbytes)

@@ -41,7 +41,9 @@ class WeightedFit:
         """
         if self._has_bias:
             inputs_BTK = torch.cat([inputs_BTK, torch.ones_like(inputs_BTK[..., :1])], dim=-1)
-        weight_BT1 = aim_BTN.square().mean(dim=-1, keepdim=True).rsqrt()
+        square_BT1 = aim_BTN.square().mean(dim=-1, keepdim=True)
+        # Of nothing, nothing can be missing
+        weight_BT1 = torch.where(square_BT1 > 0, square_BT1.rsqrt(), 0)
         self._squares.add(
             (inputs_BTK * weight_BT1).flatten(0, 1), (missing_BTN * weight_BT1).flatten(0, 1)
         )
