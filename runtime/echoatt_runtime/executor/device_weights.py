@@ -9,11 +9,10 @@ import numpy as np
 from echoatt_runtime.bundle import Bundle, read_onnx_file
 from echoatt_runtime.contract import ELEMENT_TYPES
 from echoatt_runtime.errors import OutOfMemoryError
+from echoatt_runtime.executor.alignment import aligned
 from echoatt_runtime.executor.cuda_memory import CudaMemory
 from echoatt_runtime.ort import LentTensor, LentWeights
 
-# As CUDA aligns memory itself and its kernels may take for granted
-_ALIGNMENT: Final = 256
 _PIECE: Final = 64 << 20
 
 
@@ -37,7 +36,7 @@ def put_on_device(bundle: Bundle) -> LentWeights:
     end = 0
     for offset, length in spans.items():
         places[offset] = end
-        end += -(-length // _ALIGNMENT) * _ALIGNMENT
+        end += aligned(length)
     try:
         memory = CudaMemory(end)
     except OutOfMemoryError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +23,11 @@ from echoatt_runtime.contract import (
     Specification,
 )
 from echoatt_runtime.errors import OutOfMemoryError
+from echoatt_runtime.executor.alignment import aligned
 from echoatt_runtime.ort import Binding
 
 Integers = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-# Bytes, as CUDA aligns memory itself and its kernels may take for granted
-_ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ class StepRoom:
             OutOfMemoryError: There is no memory left.
         """
         B, S, n = shape
-        inputs = sum(_room(8 * size) for size in (B * S, B, B * n))
-        chosen = _room(8 * B * n) + 4 * B * n if specification.choice_names else 0
+        inputs = sum(aligned(8 * size) for size in (B * S, B, B * n))
+        chosen = aligned(8 * B * n) + 4 * B * n if specification.choice_names else 0
         try:
             logits = memory.new(4 * B * n * specification.vocab_size)
         except OutOfMemoryError as error:
@@ -107,17 +104,19 @@ class StepArrays:
         self._room, self._vocab_size = room, specification.vocab_size
         integers, floats = ELEMENT_TYPES["int64"], ELEMENT_TYPES["float32"]
         parts = {INPUT_IDS: (B, S), PAST_LENGTHS: (B,), LOGITS_INDICES: (B, n)}
-        self._bytes = np.zeros(sum(_room(8 * math.prod(dims)) for dims in parts.values()), np.uint8)
+        self._bytes = np.zeros(
+            sum(aligned(8 * math.prod(dims)) for dims in parts.values()), np.uint8
+        )
         self._parts: dict[str, Integers] = {}
         begin = 0
         for name, dims in parts.items():
             end = begin + 8 * math.prod(dims)
             self._parts[name] = self._bytes[begin:end].view(np.int64).reshape(dims)
             binding.bind_input(name, device, integers, dims, room.inputs.address + begin)
-            begin += _room(end - begin)
+            begin += aligned(end - begin)
         dims = (B, n, self._vocab_size)
         binding.bind_output(LOGITS, device, floats, dims, room.logits.address)
-        self._sums_begin = _room(8 * B * n)
+        self._sums_begin = aligned(8 * B * n)
         if specification.choice_names:
             address = room.choices.address
             binding.bind_output(CHOICES, device, integers, (B, n), address)
@@ -152,8 +151,3 @@ class StepArrays:
         token_ids = data[: 8 * rows * n].view(np.int64)
         sums = data[self._sums_begin :][: 4 * rows * n].view(np.float32)
         return token_ids.reshape(rows, n).copy(), sums.reshape(rows, n).copy()
-
-
-def _room(nbytes: int) -> int:
-    """Bytes to what comes behind some."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

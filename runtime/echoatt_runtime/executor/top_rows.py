@@ -12,6 +12,7 @@ import numpy as np
 
 from echoatt_runtime.cache import Memory
 from echoatt_runtime.contract import ELEMENT_TYPES
+from echoatt_runtime.executor.alignment import aligned
 from echoatt_runtime.executor.step_arrays import Integers, Logits
 from echoatt_runtime.ort import (
     TOP_LOGITS,
@@ -23,7 +24,6 @@ from echoatt_runtime.ort import (
 )
 
 MOST_TOP: Final = 64
-_ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class TopRows:
         binding, device = self._session.new_binding(), self._session.device
         floats, integers = ELEMENT_TYPES["float32"], ELEMENT_TYPES["int64"]
         shape = rows, self._number
-        begin = -(-4 * rows * self._number // _ALIGNMENT) * _ALIGNMENT
+        begin = aligned(4 * rows * self._number)
         found = self._memory.new(begin + 8 * rows * self._number)
         binding.bind_input(TOP_LOGITS_INPUT, device, floats, (rows, self._vocab_size), address)
         binding.bind_output(TOP_LOGITS, device, floats, shape, found.address)
